@@ -1,0 +1,269 @@
+"""A run as a frozen value: every setting, its unit, and where the paper states it.
+
+Imports without torch, so that recipes and overrides are checked where a job is submitted.
+"""
+
+import difflib
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_CHECKED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class CropConfig:
+    """One group of equal-size crops (appendix A.2)."""
+
+    num_crops: int
+    size_px: int
+    scale: tuple[float, float]  # area fraction, as RandomResizedCrop takes it
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if self.num_crops < 1 or self.size_px < 8:
+            raise ValueError(
+                f"a crop group needs num_crops >= 1 and size_px >= 8, got {self.num_crops} and {self.size_px}"
+            )
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop scale {self.scale} is not a range inside (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class AugmentConfig:
+    """Flip, colour distortion and blur (appendix A.2, which follows SimCLR)."""
+
+    flip_probability: float = 0.5
+    jitter_strength: float = 1.0  # scales brightness, contrast, saturation 0.8 and hue 0.2
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class ModelConfig:
+    """Backbone and projection head (appendix A.1, Table 2)."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    width: float = 1.0  # multiplies every layer's channels: 2, 4 and 5 in Table 2
+    stem: Literal["7x7", "3x3"] = "7x7"  # 3x3: stride 1 and no max-pooling, for 32x32 images
+    head_hidden: int = 2048
+    head_batch_norm: bool = True
+    embedding_dim: int = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class SinkhornConfig:
+    """Sinkhorn-Knopp (appendix A.1, Table 10)."""
+
+    epsilon: float = 0.05
+    num_iters: int = 3
+
+    def __post_init__(self) -> None:
+        if self.epsilon <= 0 or self.num_iters < 1:
+            raise ValueError(f"sinkhorn needs epsilon > 0 and num_iters >= 1, got {self.epsilon} and {self.num_iters}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class QueueConfig:
+    """Embeddings of earlier batches that join the Sinkhorn of a small batch (appendix A.6)."""
+
+    num_samples: int  # of the global queue
+    start_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class SwavConfig:
+    """SwAV (appendix A.1)."""
+
+    kind: Literal["swav"] = "swav"
+    num_prototypes: int = 3000
+    temperature: float = 0.1
+    sinkhorn: SinkhornConfig = SinkhornConfig()
+    codes: Literal["soft", "hard"] = "soft"  # Table 9, right
+    learn_prototypes: bool = True  # Table 9, left
+    freeze_prototypes_epochs: int = 1
+    queue: QueueConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class DataConfig:
+    """Where the images are and in which order they come."""
+
+    url: str  # a folder of images, a folder of webdataset tars, or "demo"
+    lanes: int = 512  # upper limit; the largest divisor of the global batch below it is used
+    window_chunks: int = 16
+    max_quarantined_fraction: float = 0.001  # above this share of broken images, and above 10 of them, the run stops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class OptimConfig:
+    """LARS and its schedule (appendix A.1)."""
+
+    global_batch: int = 4096  # images per step over all ranks
+    epochs: int
+    warmup_epochs: float = 10
+    start_lr: float = 0.0
+    base_lr: float = 4.8
+    final_lr: float = 0.0048
+    weight_decay: float = 1e-6
+    momentum: float = 0.9
+    trust_coefficient: float = 0.001
+    exclude_bias_and_norm: bool = False  # from adaptation and decay; the paper excludes nothing
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1 or self.epochs < 1:
+            raise ValueError(
+                f"optim.global_batch and optim.epochs must be at least 1, got {self.global_batch} and {self.epochs}"
+            )
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={self.warmup_epochs} is not between 0 and optim.epochs={self.epochs}; "
+                "shorten the warm-up with the run"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class EvaluateConfig:
+    """k-NN on labelled images while and after training (appendix B.6)."""
+
+    train_url: str
+    test_url: str | None = None  # None: leave one out of the train images
+    every_epochs: int = 0  # 0: at the end only
+    num_neighbors: tuple[int, ...] = (20, 200)
+    temperature: float = 0.07
+    resize_px: int = 256  # shorter side, before the centre crop
+    crop_px: int = 224
+    baselines: bool = False  # also raw pixels and the untrained backbone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class RuntimeConfig:
+    """How the run is carried out; nothing here changes what is computed, precision apart."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    sync_batch_norm: bool = True
+    sync_batch_norm_group: int = 0  # ranks that share statistics; 0: all
+    channels_last: bool = True
+    compile: bool = False
+    loader_threads: int = 0  # 0: the cores this rank may use
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class PretrainConfig:
+    """One pretraining run."""
+
+    name: str
+    method: SwavConfig
+    model: ModelConfig
+    data: DataConfig
+    crops: tuple[CropConfig, ...]  # the first group holds the crops that get codes
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig
+    evaluate: EvaluateConfig | None = None
+    runtime: RuntimeConfig = RuntimeConfig()
+    seed: int = 31
+
+    def __post_init__(self) -> None:
+        if not self.crops or self.crops[0].num_crops < 2:
+            raise ValueError("crops: the first group holds the crops that predict each other, and needs at least 2")
+
+    @property
+    def num_lanes(self) -> int:
+        """The largest divisor of the global batch that is at most ``data.lanes``."""
+        limit = min(self.data.lanes, self.optim.global_batch)
+        return next(lanes for lanes in range(limit, 0, -1) if self.optim.global_batch % lanes == 0)
+
+
+_ADAPTER = TypeAdapter(PretrainConfig)
+
+
+def to_json(config: PretrainConfig) -> str:
+    """The run as JSON; :func:`from_json` reads it back."""
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def from_json(text: str) -> PretrainConfig:
+    """Read what :func:`to_json` wrote.
+
+    Raises:
+        ValueError: a key is unknown, missing, or of the wrong type.
+    """
+    return _validate(json.loads(text))
+
+
+def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainConfig:
+    """Apply ``key=value`` settings, for example ``optim.epochs=2`` or ``crops.1.num_crops=4``.
+
+    Values are read as JSON where they parse as JSON and as text otherwise (text settings always as text), then checked
+    against the field's type.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value that does not fit.
+    """
+    tree = _ADAPTER.dump_python(config, mode="json")
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form key=value, for example optim.epochs=2")
+        *parents, last = path.split(".")
+        node: Any = tree
+        for depth, part in enumerate(parents):
+            node = _step(node, part, ".".join(parents[: depth + 1]), config)
+        _step(node, last, path, config)
+        place = int(last) if isinstance(node, list) else last
+        node[place] = text if isinstance(node[place], str) else _parse(text)
+    return _validate(tree)
+
+
+def _step(node: Any, part: str, path: str, config: PretrainConfig) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, dict) and part in node:
+        return node[part]
+    known = list(_keys(config))
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    raise ValueError(f"unknown setting {path!r}; the nearest is {nearest[0]!r}")
+
+
+def _keys(value: Any, prefix: str = "") -> Any:
+    """Every settable key of a run."""
+    if is_dataclass(value):
+        children = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+        children = [(str(i), child) for i, child in enumerate(value)]
+    else:
+        return
+    for name, child in children:
+        yield prefix + name
+        yield from _keys(child, f"{prefix}{name}.")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _validate(tree: Any) -> PretrainConfig:
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'run'}={problem['input']!r}: {problem['msg']}"
+            if not isinstance(problem["input"], dict)
+            else f"{'.'.join(map(str, problem['loc'])) or 'run'}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise ValueError("; ".join(problems)) from None

@@ -1,0 +1,113 @@
+"""The process group, and the few collectives that this project needs.
+
+Every function works without a process group, where the world is one rank.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A silent partition is noticed after this long; torch's default of 10 to 30 minutes wastes a node's time.
+COLLECTIVE_TIMEOUT_SECONDS = 120.0
+
+
+def rank() -> int:
+    """This process's place among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(total: int, of_rank: int, of_world: int) -> tuple[int, int]:
+    """The half-open range of ``total`` things that one rank owns; ranges tile the whole, uneven where they must be."""
+    return total * of_rank // of_world, total * (of_rank + 1) // of_world
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun describes in the environment; without torchrun, do nothing.
+
+    CPU tensors always travel by gloo, so that flags and counters never make a GPU wait.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Resolve "auto" to this process's GPU, or to the CPU where there is none.
+
+    Raises:
+        ValueError: a GPU is asked for where torch sees none.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("runtime.device=cuda, but torch sees no GPU here; use runtime.device=cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(wanted)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place; returns its argument."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place; returns its argument."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank gets the same answer."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_max(torch.tensor([int(flag)])).item())
+
+
+def gather_rows(local: Tensor, *, dim: int, offset: int, total: int) -> Tensor:
+    """Put the ranks' rows together, in global order; shares may be uneven.
+
+    Args:
+        local: this rank's rows along ``dim``.
+        dim: the dimension that is split over ranks.
+        offset: where this rank's rows start in the whole.
+        total: rows in the whole.
+
+    Returns:
+        The whole, equal on every rank, without gradient.
+    """
+    if world_size() == 1:
+        return local.detach()
+    shape = list(local.shape)
+    shape[dim] = total
+    whole = local.new_zeros(shape)
+    whole.narrow(dim, offset, local.shape[dim]).copy_(local.detach())
+    return all_reduce_sum(whole)
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        all_reduce_sum(torch.zeros(1))

@@ -218,8 +218,8 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
             raise ValueError(f"override {override!r} is not of the form key=value, for example optim.epochs=2")
         *parents, last = path.split(".")
         node: Any = tree
-        for depth, part in enumerate(parents):
-            node = _step(node, part, ".".join(parents[: depth + 1]), config)
+        for part in parents:
+            node = _step(node, part, path, config)
         _step(node, last, path, config)
         place = int(last) if isinstance(node, list) else last
         node[place] = text if isinstance(node[place], str) else _parse(text)

@@ -70,7 +70,7 @@ def uniforms(key_word: int, rows: NDArray[np.integer], num: int) -> NDArray[np.f
     counters[..., 0] = (ids & _LOW)[:, None]
     counters[..., 1] = (ids >> _SHIFT)[:, None]
     counters[..., 2] = np.arange(num_blocks, dtype=np.uint64)
-    words = philox(counters, key_word).reshape(len(ids), -1)[:, :num]
+    words = philox(counters, key_word).reshape(len(ids), 4 * num_blocks)[:, :num]
     return (words.astype(np.float64) + 0.5) / 2.0**32
 
 

@@ -123,7 +123,7 @@ def test_crops_are_pils_to_a_grey_level() -> None:
             pil = np.asarray(crop.resize(tuple(slot.shape[2:]), Image.Resampling.BILINEAR)).astype(int)
             difference = np.abs(slot[0].permute(1, 2, 0).numpy() - pil)
             differences += np.bincount(difference.ravel(), minlength=256)
-    assert differences[0] > 0.96 * differences.sum()
+    assert differences[0] > 0.94 * differences.sum()
     assert differences[2] <= 1e-6 * differences.sum()  # torch rounds its weights to 15 bits, PIL to 22
     assert differences[3:].sum() == 0
 

@@ -1,0 +1,1 @@
+"""TorchX components: the jobs of this project, for any scheduler."""

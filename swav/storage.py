@@ -1,0 +1,151 @@
+"""Where bytes live: local files now, object storage later behind the same functions."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """What identifies the content of a file without reading it."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
+def local_path(url: str) -> Path:
+    """The path behind a plain path or a ``file://`` url; ``~`` is expanded.
+
+    Raises:
+        ValueError: another scheme, or a ``file://`` url that names a host.
+    """
+    if "://" not in url:
+        return Path(url).expanduser()
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        raise ValueError(
+            f"{url}: the scheme {parts.scheme}:// is not supported; give a local path or a file:// url "
+            "(copy or mount the data first)"
+        )
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{url}: file://{parts.netloc}/ names a host; write file:///path with three slashes")
+    return Path(unquote(parts.path))
+
+
+def has_pattern(url: str) -> bool:
+    """Whether the last part of the url is a pattern such as ``train-*.tar``.
+
+    Raises:
+        ValueError: webdataset's brace notation.
+    """
+    name = local_path(url).name
+    if "{" in name and ".." in name:
+        raise ValueError(f"{url}: brace ranges are not supported; write a pattern such as train-*.tar instead")
+    return any(mark in name for mark in "*?[")
+
+
+def list_tars(url: str) -> list[str]:
+    """The tars behind a url, as absolute paths in sorted name order.
+
+    Args:
+        url: a folder (its ``*.tar``, not those of its subfolders), a pattern such as ``/data/train-*.tar``, or one tar.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    path = local_path(url).absolute()
+    if path.is_file():
+        return [str(path)]
+    folder, pattern = (path.parent, path.name) if has_pattern(url) and not path.is_dir() else (path, "*.tar")
+    if not folder.is_dir():
+        raise ValueError(f"{url}: there is no such file or folder")
+    names = sorted(entry.name for entry in os.scandir(folder) if fnmatchcase(entry.name, pattern) and entry.is_file())
+    return [str(folder / name) for name in names if name.endswith(".tar") and not name.startswith(".")]
+
+
+def stat(url: str) -> FileStat | None:
+    """Size and modification time of a file; None where there is none."""
+    try:
+        found = local_path(url).stat()
+    except FileNotFoundError:
+        return None
+    return FileStat(found.st_size, found.st_mtime_ns)
+
+
+class RangeFile:
+    """A file that is read by ranges, from any number of threads at once.
+
+    It is closed when the last reference to it goes, so a cache may drop one that another thread still reads.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Open a file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._descriptor = -1
+        self._descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC)
+        self.url = url
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def num_bytes(self) -> int:
+        """The size of the file now."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Read a range; shorter than asked for only where the file ends."""
+        data = os.pread(self._descriptor, num_bytes, offset)
+        while len(data) < num_bytes:  # the kernel caps one call at 2 GiB and may stop at a signal
+            more = os.pread(self._descriptor, num_bytes - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+@contextmanager
+def open_atomic(url: str) -> Iterator[BinaryIO]:
+    """Write a file that appears whole or not at all.
+
+    The bytes go to a hidden ``.<name>.<random>.partial`` in the same folder (made if missing), are forced to disk, and
+    take their name at the end of the block. If the block raises, the partial file is removed and what was under the
+    name before is untouched. Only a killed process leaves a partial file behind.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; names the file.
+    """
+    path = local_path(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def write_atomic(url: str, data: bytes) -> None:
+    """Write a whole file with :func:`open_atomic`."""
+    with open_atomic(url) as file:
+        file.write(data)

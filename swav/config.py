@@ -226,6 +226,30 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
     return _validate(tree)
 
 
+def differing_keys(one: PretrainConfig, other: PretrainConfig) -> list[str]:
+    """Settings that change what is computed and differ between two runs.
+
+    How a run is carried out (``runtime``, precision apart), where its images lie, its name and its evaluation may
+    change while it runs.
+    """
+    trees = [_ADAPTER.dump_python(config, mode="json") for config in (one, other)]
+    for tree in trees:
+        tree["precision"] = tree.pop("runtime")["precision"]
+        tree["data"].pop("url")
+        tree.pop("name")
+        tree.pop("evaluate")
+    flat_one, flat_other = (dict(_flatten(tree)) for tree in trees)
+    return sorted(key for key in flat_one | flat_other if flat_one.get(key) != flat_other.get(key))
+
+
+def _flatten(tree: Any, prefix: str = "") -> Any:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), tree
+
+
 def _step(node: Any, part: str, path: str, config: PretrainConfig) -> Any:
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return node[int(part)]

@@ -1,0 +1,163 @@
+"""Checkpoints that survive a crash at any moment.
+
+A checkpoint is ``step-<n>.pt``, written under a temporary name and renamed, then ``step-<n>.json`` with its size and
+SHA-256, written last. Reading starts at the newest manifest whose file verifies and walks back, so a torn or rotten
+file costs one interval, not the run. Nothing in a checkpoint depends on the number of ranks.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from swav.storage import write_atomic
+
+FORMAT = "swav.checkpoint/1"
+_MAX_FAILURES = 3
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread of its own, one at a time, and keeps the newest few."""
+
+    def __init__(self, folder: Path, *, keep: int, enabled: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            folder: where checkpoints lie.
+            keep: how many of the newest to keep.
+            enabled: whether to write at all: one rank does for all.
+        """
+        self._folder = folder
+        self._enabled = enabled
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._failure: OSError | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy ``state`` to host memory now and write it in the background; waits for the previous write first.
+
+        A failed write leaves the checkpoints that exist as they are and is logged; training goes on and the next
+        interval tries again.
+
+        Raises:
+            RuntimeError: three writes in a row failed.
+        """
+        self._wait()
+        if not self._enabled:
+            return
+        if self._failures >= _MAX_FAILURES:
+            self._give_up()
+        snapshot = _to_host(state)
+        self._thread = threading.Thread(target=self._write, args=(step, snapshot), name="checkpoint")
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Wait for the last write.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self._wait()
+        if self._failure is not None:
+            self._give_up()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _give_up(self) -> None:
+        raise RuntimeError(
+            f"checkpoints cannot be written to {self._folder} ({self._failure}); those already there are intact. "
+            "Free space or mend the storage, then run the same command again to resume"
+        ) from self._failure
+
+    def _write(self, step: int, snapshot: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(snapshot, buffer)
+        data = buffer.getbuffer()
+        name = f"step-{step:09d}"
+        manifest = {"format": FORMAT, "step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        try:
+            write_atomic(self._folder / f"{name}.pt", data)
+            write_atomic(self._folder / f"{name}.json", json.dumps(manifest, indent=2).encode())
+        except OSError as error:
+            self._failures += 1
+            self._failure = error
+            _logger.error(
+                "checkpoint of step %d (%.1f MB) could not be written to %s: %s; training goes on, earlier checkpoints "
+                "are intact; free space or mend the storage (failure %d, the run stops after %d in a row)",
+                *(step, len(data) / 1e6, self._folder, error, self._failures, _MAX_FAILURES),
+            )
+            return
+        self._failures, self._failure = 0, None
+        for old in checkpoint_steps(self._folder)[self._keep :]:
+            (self._folder / f"step-{old:09d}.json").unlink(missing_ok=True)
+            (self._folder / f"step-{old:09d}.pt").unlink(missing_ok=True)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps that have a manifest, the newest first."""
+    return sorted((int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.json")), reverse=True)
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest step whose file is whole, or None where there is no checkpoint.
+
+    Raises:
+        RuntimeError: there are checkpoints, but none is whole.
+    """
+    steps = checkpoint_steps(folder)
+    for step in steps:
+        problem = _problem(folder, step)
+        if problem is None:
+            return step
+        _logger.warning("checkpoint of step %d in %s is passed over: %s", step, folder, problem)
+    if steps:
+        raise RuntimeError(
+            f"none of the {len(steps)} checkpoints in {folder} is whole; restore it, or start over with another "
+            "--output"
+        )
+    return None
+
+
+def load(folder: Path, step: int) -> dict[str, Any]:
+    """Read one checkpoint into host memory."""
+    state: dict[str, Any] = torch.load(folder / f"step-{step:09d}.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def _problem(folder: Path, step: int) -> str | None:
+    try:
+        manifest = json.loads((folder / f"step-{step:09d}.json").read_text())
+        expected = (manifest["format"], manifest["bytes"], manifest["sha256"])
+    except (ValueError, KeyError) as error:
+        return f"its manifest cannot be read ({error})"
+    path = folder / f"step-{step:09d}.pt"
+    if not path.is_file():
+        return "its file is missing"
+    with path.open("rb") as file:
+        found = (FORMAT, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return None if found == expected else f"its file is {found}, the manifest says {expected}"
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_host(item) for item in value]
+    return value

@@ -1,0 +1,171 @@
+"""Features of labelled images from a frozen network, spread over ranks, and their k-NN accuracy."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torchvision.transforms.v2 import functional as TF  # noqa: N812
+
+from swav.config import AugmentConfig, EvaluateConfig
+from swav.data.decode import decode_image
+from swav.data.index import DatasetIndex
+from swav.data.reader import ShardReader
+from swav.data.source import open_dataset
+from swav.distributed import all_reduce_sum, gather_rows, rank, share, world_size
+from swav.ops.knn import knn_predict
+
+_BATCH = 256
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of one data set, of which this rank holds some consecutive rows."""
+
+    values: Tensor  # float32 [n, dim], unit norm
+    labels: Tensor  # int64 [n]
+    offset: int  # of this rank's first row among all
+    total: int  # rows of all ranks
+    num_broken: int  # images of all ranks that could not be decoded; they have no row
+
+
+def centre_crop(data: bytes, *, resize_px: int, crop_px: int) -> Tensor:
+    """Decode, resize the shorter side, cut the centre (appendix A.5): uint8 [3, crop_px, crop_px]."""
+    image = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+    resized = TF.resize(image, [resize_px], antialias=True)
+    return TF.center_crop(resized, [crop_px, crop_px])
+
+
+@torch.no_grad()
+def extract_features(
+    network: nn.Module, index: DatasetIndex, config: EvaluateConfig, *, device: torch.device, num_threads: int
+) -> Features:
+    """Run every image of a labelled data set through a network once, whatever the number of ranks.
+
+    Args:
+        network: normalised images [B, 3, crop, crop] to features [B, dim]; used in evaluation mode.
+        index: the data set.
+        config: sizes of the resize and of the centre crop.
+        device: where the network is.
+        num_threads: decoding threads of this rank.
+
+    Raises:
+        ValueError: an image has no label.
+    """
+    first, last = share(index.num_samples, rank(), world_size())
+    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in _mean_and_std())
+    was_training = network.training
+    network.eval()
+    values, labels, num_broken = [], [], 0
+    for images, batch_labels, broken in _batches(index, first, last, config, num_threads):
+        num_broken += broken
+        normalized = (images.to(device).float() / 255 - mean) / std
+        values.append(F.normalize(network(normalized).float(), dim=1))
+        labels.append(batch_labels.to(device))
+    network.train(was_training)
+    return _with_place(torch.cat(values), torch.cat(labels), num_broken)
+
+
+def _mean_and_std() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    defaults = AugmentConfig()
+    return defaults.mean, defaults.std
+
+
+def _batches(
+    index: DatasetIndex, first: int, last: int, config: EvaluateConfig, num_threads: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Blocks of decoded images with labels; the next block is decoded while the last one is used."""
+    with ShardReader(index) as reader, ThreadPoolExecutor(num_threads) as pool:
+
+        def load(sample_id: int) -> tuple[Tensor, int] | None:
+            label = reader.label(sample_id)
+            if label is None:
+                raise ValueError(f"{reader.name(sample_id)} has no label (.cls); k-NN needs labelled images")
+            try:
+                return centre_crop(reader.image(sample_id), resize_px=config.resize_px, crop_px=config.crop_px), label
+            except ValueError as error:
+                _logger.warning("%s is left out of the evaluation: %s", reader.name(sample_id), error)
+                return None
+
+        def submit(start: int) -> list[Future[tuple[Tensor, int] | None]]:
+            return [pool.submit(load, sample_id) for sample_id in range(start, min(start + _BATCH, last))]
+
+        pending = submit(first)
+        for start in range(first, last, _BATCH):
+            loaded = [future.result() for future in pending]
+            pending = submit(start + _BATCH)
+            good = [pair for pair in loaded if pair is not None]
+            if good:
+                images = torch.stack([image for image, _ in good])
+                yield images, torch.tensor([label for _, label in good]), len(loaded) - len(good)
+
+
+def _with_place(values: Tensor, labels: Tensor, num_broken: int) -> Features:
+    """Number the rows over all ranks; broken images have left gaps."""
+    counts = torch.zeros(world_size() + 1, dtype=torch.int64)
+    counts[rank()] = len(values)
+    counts[-1] = num_broken
+    all_reduce_sum(counts)
+    return Features(
+        values=values,
+        labels=labels,
+        offset=int(counts[: rank()].sum()),
+        total=int(counts[:-1].sum()),
+        num_broken=int(counts[-1]),
+    )
+
+
+@torch.no_grad()
+def knn_accuracies(train: Features, test: Features | None, config: EvaluateConfig) -> dict[int, float]:
+    """Top-1 accuracy of k-NN (appendix B.6), equal on every rank.
+
+    Args:
+        train: the images that vote.
+        test: the images that are classified, each counted once; None to leave one out of ``train``.
+        config: the k's and the temperature.
+
+    Returns:
+        Per asked k, the share of test images whose label is predicted, in [0, 1].
+    """
+    queries = test if test is not None else train
+    values = gather_rows(queries.values, dim=0, offset=queries.offset, total=queries.total)
+    labels = gather_rows(queries.labels, dim=0, offset=queries.offset, total=queries.total)
+    own_rows = None
+    if test is None:
+        own_rows = torch.arange(train.total, device=values.device) - train.offset
+        own_rows[own_rows >= len(train.values)] = -1
+        own_rows.clamp_(min=-1)
+    predictions = knn_predict(
+        train.values,
+        train.labels,
+        values,
+        num_neighbors=config.num_neighbors,
+        temperature=config.temperature,
+        own_rows=own_rows,
+    )
+    return {k: float((predicted == labels).float().mean()) for k, predicted in predictions.items()}
+
+
+def evaluate_backbone(
+    network: nn.Module, config: EvaluateConfig, *, device: torch.device, num_threads: int
+) -> dict[str, float]:
+    """Accuracy of k-NN on a network's features, by name: ``{"knn_20": 0.59, ...}``.
+
+    Args:
+        network: as :func:`extract_features` takes it.
+        config: which images, and the protocol.
+        device: where the network is.
+        num_threads: decoding threads of this rank.
+    """
+
+    def features_of(url: str) -> Features:
+        return extract_features(network, open_dataset(url), config, device=device, num_threads=num_threads)
+
+    train = features_of(config.train_url)
+    test = features_of(config.test_url) if config.test_url is not None else None
+    return {f"knn_{k}": accuracy for k, accuracy in knn_accuracies(train, test, config).items()}

@@ -1,0 +1,38 @@
+"""Self-supervised objectives, independent of one another."""
+
+import torch
+from torch import nn
+
+from swav import rng
+from swav.config import PretrainConfig
+from swav.methods.base import Method
+from swav.methods.swav import SwAV
+from swav.models.heads import ProjectionHead
+from swav.models.resnet import ResNet
+
+
+def build_backbone(config: PretrainConfig) -> ResNet:
+    """The run's untrained backbone; the same config gives the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(config.seed, "backbone"))
+        return ResNet(config.model.arch, width=config.model.width, stem=config.model.stem)
+
+
+def build_method(config: PretrainConfig) -> Method:
+    """Build the run's method with its initial weights, on the CPU."""
+    backbone = build_backbone(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(config.seed, "head"))
+        head: nn.Module = ProjectionHead(
+            backbone.num_features,
+            config.model.head_hidden,
+            config.model.embedding_dim,
+            batch_norm=config.model.head_batch_norm,
+        )
+        return SwAV(
+            backbone,
+            head,
+            config.method,
+            num_assign_crops=config.crops[0].num_crops,
+            dim=config.model.embedding_dim,
+        )

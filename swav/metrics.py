@@ -1,0 +1,216 @@
+"""What a run says of itself: JSON lines in its folder, a progress bar, and the reasons for which it stops."""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from swav.config import PretrainConfig
+from swav.distributed import rank, world_size
+from swav.storage import write_atomic
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per line; units stand in the keys.
+
+    A resumed run first drops the lines after its checkpoint, so every step stands there once.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if _is_before(line, resume_step)]
+            write_atomic(path, "".join(lines).encode())
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _is_before(line: str, resume_step: int) -> bool:
+    """Whether a line belongs to what the checkpoint has; a torn last line does not."""
+    try:
+        return bool(json.loads(line)["step"] <= resume_step)
+    except json.JSONDecodeError:
+        return False
+
+
+class Report:
+    """Follows the training loop. Rank 0 writes; every rank watches the loss."""
+
+    def __init__(
+        self, config: PretrainConfig, output: Path, *, num_samples: int, step: int, steps_per_epoch: int
+    ) -> None:
+        """Open the log and the bar.
+
+        Args:
+            config: the run.
+            output: its folder.
+            num_samples: images per epoch.
+            step: the step that the run resumes at, 0 for a new one.
+            steps_per_epoch: steps per epoch.
+        """
+        self._config = config
+        self._num_samples = num_samples
+        self._log = MetricsLog(output / "metrics.jsonl", resume_step=step) if rank() == 0 else None
+        epochs_done, rest = divmod(step, steps_per_epoch)
+        self._bar = tqdm(
+            total=num_samples * config.optim.epochs,
+            initial=num_samples * epochs_done + min(num_samples, rest * config.optim.global_batch),
+            desc=config.name,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=rank() != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+        self._pending: tuple[int, Tensor] | None = None
+        self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+        self._write(step, event="start", world_size=world_size(), torch_version=torch.__version__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass the batches on, adding up how long the loop waits for them."""
+        iterator = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, None)
+            self._waited_seconds += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def explained_divergence(self, step: int) -> Iterator[None]:
+        """Add to a number that is not finite what to try."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self._divergence(step, str(error)) from error
+
+    def step(self, step: int, *, epoch: int, num_images: int, lr: float, metrics: dict[str, Tensor]) -> None:
+        """Take note of a step that is done.
+
+        The loss is looked at one step late, so that a GPU need not be waited for.
+
+        Args:
+            step: of the whole run, counting the one that is done.
+            epoch: the running one.
+            num_images: of the global batch.
+            lr: learning rate of the step.
+            metrics: scalars of the global batch, ``loss`` among them.
+        """
+        self.check_finite()
+        self._pending = (step, metrics["loss"])
+        self._images += num_images
+        self._bar.update(num_images)
+        if step % self._config.runtime.log_every_steps == 0:
+            self.check_finite()
+            seconds = time.monotonic() - self._since
+            values = {name: float(value) for name, value in metrics.items()}
+            self._write(
+                step,
+                epoch=epoch,
+                **values,
+                learning_rate=lr,
+                images_per_second=self._images / seconds,
+                data_wait_fraction=self._waited_seconds / seconds,
+                **_device_memory(metrics["loss"].device),
+            )
+            self._bar.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", lr=f"{lr:.3g}")
+            self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+
+    def check_finite(self) -> None:
+        """Stop on a loss that is not finite.
+
+        Raises:
+            RuntimeError: it is not; says what to try.
+        """
+        if self._pending is not None:
+            step, loss = self._pending
+            self._pending = None
+            if not math.isfinite(float(loss)):
+                raise self._divergence(step - 1, f"the loss is {float(loss)}")
+
+    def epoch(self, step: int, epoch: int, counts: Tensor) -> None:
+        """Close an epoch's books.
+
+        Args:
+            step: of the whole run.
+            epoch: the one that ended.
+            counts: int64 [2], images of all ranks that were delivered, and that were replaced because they are broken.
+
+        Raises:
+            RuntimeError: too many images are broken, or they do not add up to the data set.
+        """
+        delivered, quarantined = (int(count) for count in counts)
+        self._write(step, event="epoch", epoch=epoch, images=delivered, quarantined=quarantined)
+        if delivered + quarantined != self._num_samples:
+            raise RuntimeError(
+                f"epoch {epoch} delivered {delivered} images and quarantined {quarantined}, but the data set has "
+                f"{self._num_samples}; this is a defect of swav, please report it with the run's metrics.jsonl"
+            )
+        budget = quarantine_budget(self._num_samples, self._config.data.max_quarantined_fraction)
+        if quarantined > budget:
+            raise RuntimeError(
+                f"{quarantined} of {self._num_samples} images are broken, more than the {budget} that "
+                "data.max_quarantined_fraction admits; mend the data (the run's quarantine folder names each image), or "
+                "raise the fraction"
+            )
+
+    def knn(self, step: int, accuracies: dict[str, float]) -> None:
+        """Write accuracies on labelled images."""
+        self._write(step, event="knn", **accuracies)
+        self._bar.clear()
+        _logger.info("step %d: %s", step, ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items()))
+
+    def _write(self, step: int, **values: Any) -> None:
+        if self._log is not None:
+            self._log.write(step, **values)
+
+    def _divergence(self, step: int, what: str) -> RuntimeError:
+        optim, runtime = self._config.optim, self._config.runtime
+        return RuntimeError(
+            f"step {step}: {what}. The run stops; its checkpoints are of earlier steps. Try a lower optim.base_lr (now "
+            f"{optim.base_lr}), a longer optim.warmup_epochs (now {optim.warmup_epochs}), a longer "
+            f"method.freeze_prototypes_epochs (now {self._config.method.freeze_prototypes_epochs}), or "
+            f"runtime.precision=fp32 (now {runtime.precision})"
+        )
+
+
+def quarantine_budget(num_samples: int, max_fraction: float) -> int:
+    """How many images of an epoch may be broken before the run stops; a handful always may."""
+    return max(10, int(num_samples * max_fraction))
+
+
+def _device_memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gigabytes": torch.cuda.max_memory_allocated(device) / 1e9}

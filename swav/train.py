@@ -1,0 +1,280 @@
+"""The training loop: read it top to bottom and you have followed a batch from shard to optimiser step."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from swav import checkpoint
+from swav.checkpoint import CheckpointWriter
+from swav.config import PretrainConfig, differing_keys, from_json, to_json
+from swav.data.augment import Augment
+from swav.data.batch import CropBatch, RawBatch
+from swav.data.index import DatasetIndex
+from swav.data.loader import Loader
+from swav.data.order import EpochOrder
+from swav.data.reader import ShardReader
+from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, rank, world_size
+from swav.features import evaluate_backbone
+from swav.methods import build_method
+from swav.methods.base import Method, MethodOutput
+from swav.metrics import Report
+from swav.models.batchnorm import synchronize
+from swav.optim.lars import LARS, parameter_groups
+from swav.optim.schedule import warmup_cosine
+from swav.storage import write_atomic
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):  # noqa: N818  (a request that was met, not an error)
+    """The run was asked to stop and has saved its state; the same command takes it up again."""
+
+
+@dataclass(slots=True)
+class TrainState:
+    """What a step changes, and what a checkpoint holds."""
+
+    method: Method
+    model: nn.Module  # the method, wrapped for this world
+    optimizer: LARS
+    scaler: torch.amp.GradScaler
+    step: int = 0  # of the whole run
+    # Images of the running epoch [delivered, replaced because broken]; the sum over ranks is the epoch's.
+    counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+
+
+def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: torch.device) -> Method:
+    """Pretrain to the end, taking up the newest checkpoint in ``output`` where there is one.
+
+    Args:
+        config: the run.
+        index: the images.
+        output: the run's folder, the same on every rank.
+        device: where this rank computes.
+
+    Returns:
+        The trained method.
+
+    Raises:
+        ValueError: ``output`` holds another run, or the world does not fit the batch.
+        Stopped: SIGTERM or SIGINT arrived; the state is saved.
+        RuntimeError: the loss is no longer finite, too many images are broken, or checkpoints cannot be written.
+    """
+    steps_per_epoch = epoch_order(config, index, 0).num_steps
+    num_steps = steps_per_epoch * config.optim.epochs
+    warmup_steps = round(steps_per_epoch * config.optim.warmup_epochs)
+    enter_run_folder(config, output)
+    state = build_state(config, device)
+    restore(state, index, output / "checkpoints")
+    augment = Augment(config.augment, seed=config.seed, device=device, channels_last=config.runtime.channels_last)
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(open_loader(config, index, output, device))
+        stop = stack.enter_context(stop_on_signals())
+        report = stack.enter_context(
+            Report(config, output, num_samples=index.num_samples, step=state.step, steps_per_epoch=steps_per_epoch)
+        )
+        writer = stack.enter_context(
+            CheckpointWriter(output / "checkpoints", keep=config.runtime.keep_checkpoints, enabled=rank() == 0)
+        )
+        while state.step < num_steps:
+            epoch, first_step = divmod(state.step, steps_per_epoch)
+            for raw in report.timed(loader.epoch(epoch, first_step)):
+                lr = warmup_cosine(
+                    state.step,
+                    num_steps=num_steps,
+                    warmup_steps=warmup_steps,
+                    start_lr=config.optim.start_lr,
+                    base_lr=config.optim.base_lr,
+                    final_lr=config.optim.final_lr,
+                )
+                with report.explained_divergence(state.step):
+                    result = train_step(state, augment(raw), lr=lr, precision=config.runtime.precision)
+                state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
+                report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
+                stopping = any_rank(stop.is_set)
+                if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
+                    report.check_finite()
+                    writer.save(state.step, snapshot(state, config, index))
+                if stopping:
+                    raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
+            report.epoch(state.step, epoch, all_reduce_sum(state.counts.clone()))
+            state.counts.zero_()
+            if config.evaluate and config.evaluate.every_epochs and (epoch + 1) % config.evaluate.every_epochs == 0:
+                report.knn(state.step, evaluate(state.method.backbone, config, device))
+    return state.method
+
+
+def evaluate(network: nn.Module, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+    """k-NN accuracies of a network as the run's own evaluation has it."""
+    assert config.evaluate is not None
+    num_threads = config.runtime.loader_threads or default_threads()
+    return evaluate_backbone(network, config.evaluate, device=device, num_threads=num_threads)
+
+
+def train_step(state: TrainState, batch: CropBatch, *, lr: float, precision: str) -> MethodOutput:
+    """One optimiser step on this rank's share of a global batch."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.method.before_step()
+    with torch.autocast(batch.crops[0].device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+        output: MethodOutput = state.model(batch)
+    state.scaler.scale(output.loss).backward()
+    for parameter in state.method.frozen_parameters(batch.epoch):
+        parameter.grad = None
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return output
+
+
+def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
+    """The untrained state, ready for this world and device."""
+    method = build_method(config)
+    if config.runtime.sync_batch_norm:
+        synchronize(method, group_size=config.runtime.sync_batch_norm_group)
+    method.to(device, memory_format=torch.channels_last if config.runtime.channels_last else torch.preserve_format)
+    if config.runtime.compile:
+        method.backbone.compile()
+    model: nn.Module = method
+    if world_size() > 1:
+        model = DistributedDataParallel(
+            method,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch norm and queue are equal on every rank by construction
+            gradient_as_bucket_view=True,
+        )
+    optimizer = LARS(
+        parameter_groups(method, exclude_bias_and_norm=config.optim.exclude_bias_and_norm),
+        lr=config.optim.start_lr,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        trust_coefficient=config.optim.trust_coefficient,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.runtime.precision == "fp16")
+    return TrainState(method=method, model=model, optimizer=optimizer, scaler=scaler)
+
+
+def epoch_order(config: PretrainConfig, index: DatasetIndex, epoch: int) -> EpochOrder:
+    """In which order the epoch's images come."""
+    return EpochOrder(
+        index.rows_per_shard,
+        chunk_rows=index.chunk_rows,
+        seed=config.seed,
+        epoch=epoch,
+        global_batch=config.optim.global_batch,
+        num_lanes=config.num_lanes,
+        window_chunks=config.data.window_chunks,
+    )
+
+
+@contextlib.contextmanager
+def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, device: torch.device) -> Iterator[Loader]:
+    """The loader of this rank's shares; broken images are recorded below ``output``."""
+    with ShardReader(index) as reader:
+        yield Loader(
+            reader,
+            lambda epoch: epoch_order(config, index, epoch),
+            config.crops,
+            seed=config.seed,
+            num_threads=config.runtime.loader_threads or default_threads(),
+            rank=rank(),
+            world_size=world_size(),
+            pin_memory=device.type == "cuda",
+        )
+
+
+def default_threads() -> int:
+    """The cores that this process may use, divided among the ranks of this host."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def enter_run_folder(config: PretrainConfig, output: Path) -> None:
+    """Record the run in its folder, or make sure that the folder holds this very run.
+
+    Raises:
+        ValueError: it holds another one.
+    """
+    path = output / "config.json"
+    barrier()
+    if path.exists():
+        differing = differing_keys(from_json(path.read_text()), config)
+        if differing:
+            raise ValueError(
+                f"{output} holds a run whose {', '.join(differing)} differ; continue it with its own settings, or give "
+                "another --output"
+            )
+    barrier()
+    if rank() == 0:
+        write_atomic(path, to_json(config).encode())
+
+
+def snapshot(state: TrainState, config: PretrainConfig, index: DatasetIndex) -> dict[str, object]:
+    """What a checkpoint holds; the same on every rank and for every world size."""
+    return {
+        "step": state.step,
+        "method": state.method.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "counts": all_reduce_sum(state.counts.clone()),
+        "config": to_json(config),
+        "data_identity": index.identity,
+        "torch_version": torch.__version__,
+    }
+
+
+def restore(state: TrainState, index: DatasetIndex, folder: Path) -> None:
+    """Take up the newest whole checkpoint, the same one on every rank; without any, do nothing.
+
+    Raises:
+        ValueError: the checkpoint is of other data.
+        RuntimeError: there are checkpoints, but none is whole.
+    """
+    newest = checkpoint.latest_step(folder) if rank() == 0 else None
+    step = int(all_reduce_max(torch.tensor(-1 if newest is None else newest)))
+    if step < 0:
+        return
+    saved = checkpoint.load(folder, step)
+    if saved["data_identity"] != index.identity:
+        raise ValueError(
+            f"the checkpoint of step {step} in {folder} was trained on other data (identity {saved['data_identity']}, "
+            f"now {index.identity}); give the same data, or another --output"
+        )
+    state.method.load_state_dict(saved["method"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.step = saved["step"]
+    if rank() == 0:
+        state.counts.copy_(saved["counts"])
+
+
+@dataclass(slots=True)
+class StopFlag:
+    """Whether this process has been asked to stop."""
+
+    is_set: bool = False
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Turn the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one acts at once."""
+    flag = StopFlag()
+
+    def request(signum: int, _frame: FrameType | None) -> None:
+        flag.is_set = True
+        signal.signal(signum, previous[signum])
+
+    previous = {signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

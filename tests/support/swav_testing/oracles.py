@@ -1,0 +1,78 @@
+"""The paper's formulas, written out slowly in float64 and independently of the package."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def sinkhorn(scores: Array, epsilon: float, num_iters: int) -> Array:
+    """The pseudo-code of appendix A.1: scores [B, K] -> codes [B, K].
+
+    The shift by the maximum cancels in the first division and only keeps float64 from overflowing.
+    """
+    q = np.exp((scores - scores.max()) / epsilon).T
+    q = q / q.sum()
+    num_prototypes, batch = q.shape
+    row_target = np.ones(num_prototypes) / num_prototypes
+    column_target = np.ones(batch) / batch
+    for _ in range(num_iters):
+        u = q.sum(axis=1)
+        q = q * (row_target / u)[:, None]
+        q = q * (column_target / q.sum(axis=0))[None, :]
+    return (q / q.sum(axis=0, keepdims=True)).T
+
+
+def sinkhorn_log(scores: Array, epsilon: float, num_iters: int) -> Array:
+    """The same over logarithms, for an epsilon at which even float64 underflows."""
+    log_q = scores.T / epsilon
+    for _ in range(num_iters):
+        log_q = log_q - np.logaddexp.reduce(log_q, axis=1, keepdims=True)
+        log_q = log_q - np.logaddexp.reduce(log_q, axis=0, keepdims=True)
+    return np.exp(log_q).T
+
+
+def swav_loss(scores: Array, codes: Array, temperature: float) -> float:
+    """Swapped prediction by loops: scores [V, B, K], codes [A, B, K] of the first A crops."""
+    num_crops, batch, num_prototypes = scores.shape
+    total = 0.0
+    for i in range(len(codes)):
+        crop_loss = 0.0
+        for v in range(num_crops):
+            if v == i:
+                continue
+            for b in range(batch):
+                logits = scores[v, b] / temperature
+                log_normalizer = math.log(sum(math.exp(x - logits.max()) for x in logits)) + logits.max()
+                for k in range(num_prototypes):
+                    crop_loss -= codes[i, b, k] * (logits[k] - log_normalizer) / batch
+        total += crop_loss / (num_crops - 1)
+    return total / len(codes)
+
+
+def lars_step(
+    weight: Array, gradient: Array, velocity: Array, *, lr: float, momentum: float, decay: float, trust: float
+) -> tuple[Array, Array]:
+    """One LARS update of one tensor: new weight, new velocity."""
+    weight_norm, gradient_norm = float(np.sqrt((weight**2).sum())), float(np.sqrt((gradient**2).sum()))
+    if weight_norm > 0 and gradient_norm > 0:
+        rate = trust * weight_norm / (gradient_norm + decay * weight_norm + 1e-8)
+        gradient = (gradient + decay * weight) * rate
+    velocity = momentum * velocity + gradient
+    return weight - lr * velocity, velocity
+
+
+def knn_predict(train: Array, labels: Any, test: Array, k: int, temperature: float) -> list[int]:
+    """Weighted vote of the k most similar rows, by loops."""
+    predictions = []
+    for row in test:
+        similarity = [float(np.dot(row, other)) for other in train]
+        nearest = sorted(range(len(train)), key=lambda i: -similarity[i])[:k]
+        votes: dict[int, float] = {}
+        for i in nearest:
+            votes[int(labels[i])] = votes.get(int(labels[i]), 0.0) + math.exp(similarity[i] / temperature)
+        predictions.append(max(sorted(votes), key=lambda label: votes[label]))
+    return predictions

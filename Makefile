@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test lint format setup images clean
+.PHONY: demo test lint format setup hooks images clean
 
 demo: $(STAMP)
 	$(BIN)/python -m swav.pretrain --recipe demo --output runs/demo
@@ -32,10 +32,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 is needed, and '$(or $(PYTHON),python3.11)' is not it. Install it, or say where it is:" \
 			"make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV): a few minutes, most of them for PyTorch"
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--editable '.[train,launch,eval,dev]'
 	@touch $@
+
+hooks: $(STAMP)
+	$(BIN)/pre-commit install
 
 images:
 	docker build --tag swav-pretrain:$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' swav/__init__.py) .

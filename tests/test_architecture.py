@@ -15,6 +15,7 @@ SOURCES = {
 # Modules that another test file covers.
 TESTED_ELSEWHERE = {
     "swav/data/batch.py": "swav/data/test_loader.py",
+    "swav/methods/base.py": "swav/methods/test_swav.py",
     "swav/recipes/ablations.py": "swav/recipes/test_recipes.py",
     "swav/recipes/base.py": "swav/recipes/test_recipes.py",
     "swav/recipes/small.py": "swav/recipes/test_recipes.py",

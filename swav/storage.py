@@ -1,5 +1,7 @@
 """Where bytes live: local files now, object storage later behind the same functions."""
 
+import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
+Location = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
@@ -19,12 +25,13 @@ class FileStat:
     mtime_ns: int
 
 
-def local_path(url: str) -> Path:
+def local_path(url: Location) -> Path:
     """The path behind a plain path or a ``file://`` url; ``~`` is expanded.
 
     Raises:
         ValueError: another scheme, or a ``file://`` url that names a host.
     """
+    url = os.fspath(url)
     if "://" not in url:
         return Path(url).expanduser()
     parts = urlsplit(url)
@@ -38,7 +45,7 @@ def local_path(url: str) -> Path:
     return Path(unquote(parts.path))
 
 
-def has_pattern(url: str) -> bool:
+def has_pattern(url: Location) -> bool:
     """Whether the last part of the url is a pattern such as ``train-*.tar``.
 
     Raises:
@@ -50,7 +57,7 @@ def has_pattern(url: str) -> bool:
     return any(mark in name for mark in "*?[")
 
 
-def list_tars(url: str) -> list[str]:
+def list_tars(url: Location) -> list[str]:
     """The tars behind a url, as absolute paths in sorted name order.
 
     Args:
@@ -69,7 +76,7 @@ def list_tars(url: str) -> list[str]:
     return [str(folder / name) for name in names if name.endswith(".tar") and not name.startswith(".")]
 
 
-def stat(url: str) -> FileStat | None:
+def stat(url: Location) -> FileStat | None:
     """Size and modification time of a file; None where there is none."""
     try:
         found = local_path(url).stat()
@@ -84,7 +91,7 @@ class RangeFile:
     It is closed when the last reference to it goes, so a cache may drop one that another thread still reads.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: Location) -> None:
         """Open a file.
 
         Raises:
@@ -92,7 +99,7 @@ class RangeFile:
         """
         self._descriptor = -1
         self._descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC)
-        self.url = url
+        self.url = os.fspath(url)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -114,7 +121,7 @@ class RangeFile:
 
 
 @contextmanager
-def open_atomic(url: str) -> Iterator[BinaryIO]:
+def open_atomic(url: Location) -> Iterator[BinaryIO]:
     """Write a file that appears whole or not at all.
 
     The bytes go to a hidden ``.<name>.<random>.partial`` in the same folder (made if missing), are forced to disk, and
@@ -145,7 +152,30 @@ def open_atomic(url: str) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def write_atomic(url: str, data: bytes) -> None:
+def write_atomic(url: Location, data: bytes | memoryview) -> None:
     """Write a whole file with :func:`open_atomic`."""
     with open_atomic(url) as file:
         file.write(data)
+
+
+def cache_folder() -> Path:
+    """Where indexes and shards that are made on the way are kept: ``$SWAV_CACHE``, or ``~/.cache/swav``."""
+    return Path(os.environ.get("SWAV_CACHE") or "~/.cache/swav").expanduser().absolute()
+
+
+@contextmanager
+def locked(path: Location) -> Iterator[None]:
+    """Let one process of this host at a time into the block; the others wait.
+
+    Args:
+        path: the lock's file, made if missing and left there. A killed process holds no lock.
+    """
+    place = local_path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that holds %s", place)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -10,7 +10,6 @@ import bisect
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -147,16 +146,17 @@ def open_index(url: str) -> DatasetIndex:
         _check_shards(beside, exact_times=False)
         return beside if path.is_dir() else _subset(beside, url)
     shards = storage.list_tars(url)
-    folder = cache_folder() / "index" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
-    cached = _read(folder)
-    if cached is not None and [shard.name for shard in cached.shards] == shards:
-        try:
-            _check_shards(cached, exact_times=True)
-        except RuntimeError as changed:
-            logger.info("indexing %s again: %s", url, changed)
-        else:
-            return cached
-    return build_index(url, str(folder))
+    folder = storage.cache_folder() / "index" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    with storage.locked(folder.with_suffix(".lock")):
+        cached = _read(folder)
+        if cached is not None and [shard.name for shard in cached.shards] == shards:
+            try:
+                _check_shards(cached, exact_times=True)
+            except RuntimeError as changed:
+                logger.info("indexing %s again: %s", url, changed)
+            else:
+                return cached
+        return build_index(url, str(folder))
 
 
 def build_index(
@@ -203,11 +203,6 @@ def build_index(
     if without:
         logger.warning("%s: %d keys have no image and are passed over; %d samples remain", url, without, total)
     return index
-
-
-def cache_folder() -> Path:
-    """Where indexes of datasets that have none of their own are kept: ``$SWAV_CACHE`` or ``~/.cache/swav``."""
-    return Path(os.environ.get("SWAV_CACHE") or "~/.cache/swav").expanduser().absolute()
 
 
 def chunk_rows_for(num_samples: int) -> int:

@@ -1,0 +1,230 @@
+"""The order of an epoch's samples: a pure function of the seed, the epoch and the position.
+
+Rows are grouped into chunks of neighbouring rows of one shard, so that reading stays local. The epoch's order of
+chunks is a keyed permutation; lane l owns the chunks at its positions l, l + L, l + 2L, ...; inside a lane, the rows of
+every window of some chunks are permuted again. A step takes equally many consecutive rows of every lane, and a rank
+takes whole lanes, so the global batch is the same for any number of ranks, and a rank reads only its own lanes.
+
+Nothing here is a state: every batch is computed from its number, in time that does not depend on the position and in
+memory that depends on the number of shards, not of samples.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swav import rng
+from swav.data import feistel
+
+Ids = NDArray[np.int64]
+
+
+class EpochOrder:
+    """One epoch's batches.
+
+    All batches have the global batch's size where the samples divide into such batches. Otherwise the last two share
+    what is left evenly, as a tiny last batch would harm Sinkhorn and batch norm; each then has at least half the size.
+    A dataset smaller than one batch is one batch. Every sample comes exactly once.
+
+    The first steps take equally many rows of every lane. Lanes end at different rows; the rows that are left come
+    last, lane after lane.
+    """
+
+    def __init__(
+        self,
+        rows_per_shard: Ids,
+        *,
+        chunk_rows: int,
+        seed: int,
+        epoch: int,
+        global_batch: int,
+        num_lanes: int,
+        window_chunks: int,
+    ) -> None:
+        """Prepare an epoch; costs O(shards).
+
+        Args:
+            rows_per_shard: int64 [shards]; 0 is allowed.
+            chunk_rows: rows of a chunk; a shard's last chunk may have fewer.
+            seed: the run's seed.
+            epoch: from 0.
+            global_batch: samples per step over all ranks.
+            num_lanes: most ranks that can take part; divides ``global_batch``.
+            window_chunks: chunks of a lane whose rows are permuted together.
+
+        Raises:
+            ValueError: there are no samples, lanes do not divide the batch, or a size is below 1.
+        """
+        if min(chunk_rows, global_batch, num_lanes, window_chunks) < 1:
+            raise ValueError(
+                "chunk_rows, global_batch, num_lanes and window_chunks must be at least 1, got "
+                f"{chunk_rows}, {global_batch}, {num_lanes} and {window_chunks}"
+            )
+        if global_batch % num_lanes:
+            raise ValueError(f"{num_lanes} lanes do not divide the global batch {global_batch}; choose a divisor")
+        rows = np.asarray(rows_per_shard, dtype=np.int64)
+        if rows.size == 0 or rows.min() < 0 or rows.sum() == 0:
+            raise ValueError(f"an epoch needs samples, and {rows.size} shards hold {int(rows.sum())}")
+        self._chunk_rows, self._batch, self._lanes = chunk_rows, global_batch, num_lanes
+        self._window_chunks = window_chunks
+        self._chunk_key = np.array([rng.key(seed, "chunk order", epoch)], dtype=np.uint64)
+        self._window_key = np.uint64(rng.key(seed, "window order", epoch))
+        self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
+        self._chunk_offsets = np.concatenate([[0], np.cumsum(-(-rows // chunk_rows))])
+        self._num_chunks = np.array([self._chunk_offsets[-1]])
+        self._find_short_chunks(rows)
+        self.num_samples = int(self._row_offsets[-1])
+        self.num_steps = -(-self.num_samples // global_batch)
+        self._plan_tail()
+
+    def batch_size(self, step: int) -> int:
+        """Samples in the global batch of a step.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} is outside this epoch's {self.num_steps} steps")
+        start, end = self._tail_range(step) if step >= self._lane_steps else (0, self._batch)
+        return end - start
+
+    def batch(self, step: int) -> Ids:
+        """The global batch of a step: sample ids, int64 [batch_size(step)]."""
+        return self.rank_batch(step, 0, 1)[0]
+
+    def rank_batch(self, step: int, rank: int, world_size: int) -> tuple[Ids, int]:
+        """One rank's part of the global batch.
+
+        Returns:
+            Sample ids, int64 [n], and where they start in the global batch.
+
+        Raises:
+            ValueError: see :meth:`check_world`; or the epoch has no such step.
+        """
+        self.check_world(world_size)
+        size = self.batch_size(step)
+        if step >= self._lane_steps:
+            start = self._tail_range(step)[0]
+            first, end = _share(size, rank, world_size)
+            return self._tail_rows(np.arange(start + first, start + end)), first
+        rows = self._batch // self._lanes
+        first, end = _share(self._lanes, rank, world_size)
+        lanes = np.repeat(np.arange(first, end), rows)
+        return self._ids(lanes, np.tile(np.arange(step * rows, (step + 1) * rows), end - first)), first * rows
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a world that this order cannot feed.
+
+        Raises:
+            ValueError: there are more ranks than lanes, or than samples in the smallest batch.
+        """
+        if world_size > self._lanes:
+            raise ValueError(
+                f"{world_size} ranks are more than {self._lanes} lanes; raise data.lanes (a divisor of the global "
+                f"batch {self._batch} is used) or use at most {self._lanes} ranks"
+            )
+        smallest = self.batch_size(self.num_steps - 1)
+        if world_size > smallest:
+            raise ValueError(
+                f"the smallest batch of the epoch has {smallest} samples ({self.num_samples} samples in batches of "
+                f"{self._batch}), fewer than {world_size} ranks; use at most {smallest} ranks"
+            )
+
+    def _find_short_chunks(self, rows: Ids) -> None:
+        """Find in which lane, and where in it, the chunks with fewer rows than the others stand."""
+        missing = -rows % self._chunk_rows
+        short = np.flatnonzero(missing)
+        chunks = self._chunk_offsets[short + 1] - 1
+        positions = feistel.invert(chunks, self._num_chunks, self._chunk_key)
+        self._stride = -(-int(self._num_chunks[0]) // self._lanes) + 1
+        places = positions % self._lanes * self._stride + positions // self._lanes
+        order = np.argsort(places)
+        self._short_places = places[order]
+        self._short_missing = np.concatenate([[0], np.cumsum(missing[short][order])])
+
+    def _plan_tail(self) -> None:
+        """Settle how many steps take equally many rows of every lane, and where the rest of each lane starts."""
+        lanes = np.arange(self._lanes)
+        self._lane_chunks = (self._num_chunks[0] - lanes + self._lanes - 1) // self._lanes
+        lane_rows = self._rows_before(lanes, self._lane_chunks)
+        rows = self._batch // self._lanes
+        steps = int(lane_rows.min()) // rows
+        if self.num_samples % self._batch:  # the last two batches, or the only one, come from the rest
+            steps = min(steps, max(self.num_steps - 2, 0))
+        self._lane_steps = steps
+        self._tail_offsets = np.concatenate([[0], np.cumsum(lane_rows - steps * rows)])
+
+    def _tail_range(self, step: int) -> tuple[int, int]:
+        """The positions of a step in the rest of the lanes."""
+        total = int(self._tail_offsets[-1])
+        start = (step - self._lane_steps) * self._batch
+        if self.num_samples % self._batch == 0 or step < self.num_steps - 2:
+            return start, start + self._batch
+        if self.num_steps == 1:
+            return 0, total
+        last_two = (self.num_steps - 2 - self._lane_steps) * self._batch
+        middle = last_two + (total - last_two + 1) // 2
+        return (last_two, middle) if step == self.num_steps - 2 else (middle, total)
+
+    def _tail_rows(self, positions: Ids) -> Ids:
+        lanes = np.searchsorted(self._tail_offsets, positions, side="right") - 1
+        start = self._lane_steps * (self._batch // self._lanes)
+        return self._ids(lanes, positions - self._tail_offsets[lanes] + start)
+
+    def _rows_before(self, lanes: Ids, chunks: Ids) -> Ids:
+        """Rows of a lane before its chunk of that number, int64 [n]."""
+        places = lanes * self._stride
+        before = np.searchsorted(self._short_places, places + chunks)
+        missing = self._short_missing[before] - self._short_missing[np.searchsorted(self._short_places, places)]
+        rows: Ids = chunks * self._chunk_rows - missing
+        return rows
+
+    def _ids(self, lanes: Ids, rows: Ids) -> Ids:
+        """The samples at the given rows of the given lanes, int64 [n]."""
+        chunks = self._lane_chunks[lanes]
+        width = self._window_chunks
+        windows = self._last_not_after(lanes, rows, rows // (width * self._chunk_rows), (chunks - 1) // width, width)
+        first_chunks = windows * width
+        end_chunks = np.minimum(first_chunks + width, chunks)
+        starts = self._rows_before(lanes, first_chunks)
+        sizes = self._rows_before(lanes, end_chunks) - starts
+        keys = feistel.mix(feistel.mix(lanes.astype(np.uint64) + self._window_key) + windows.astype(np.uint64))
+        shuffled = starts + feistel.permute(rows - starts, sizes, keys)
+        own_chunks = self._last_not_after(lanes, shuffled, first_chunks, end_chunks - 1, 1)
+        inside = shuffled - self._rows_before(lanes, own_chunks)
+        chunk_ids = feistel.permute(own_chunks * self._lanes + lanes, self._num_chunks, self._chunk_key)
+        shards = np.searchsorted(self._chunk_offsets, chunk_ids, side="right") - 1
+        first_rows = self._row_offsets[shards] + (chunk_ids - self._chunk_offsets[shards]) * self._chunk_rows
+        ids: Ids = first_rows + inside
+        return ids
+
+    def _last_not_after(self, lanes: Ids, rows: Ids, low: Ids, high: Ids, width: int) -> Ids:
+        """The largest i in low..high for which chunk ``i * width`` of the lane starts at or before the row."""
+        low, high = np.minimum(low, high), high.copy()
+        open_ = np.flatnonzero(low < high)
+        while open_.size:
+            middle = (low[open_] + high[open_] + 1) // 2
+            fits = self._rows_before(lanes[open_], middle * width) <= rows[open_]
+            low[open_] = np.where(fits, middle, low[open_])
+            high[open_] = np.where(fits, high[open_], middle - 1)
+            open_ = open_[low[open_] < high[open_]]
+        return low
+
+
+def substitutes(row_offsets: Ids, sample_id: int) -> Iterator[int]:
+    """The other samples of a sample's shard, from the next one on and around: replacements for a broken one.
+
+    Args:
+        row_offsets: int64 [shards + 1], each shard's first id, and the number of samples.
+        sample_id: the broken sample.
+    """
+    shard = int(np.searchsorted(row_offsets, sample_id, side="right")) - 1
+    start, end = int(row_offsets[shard]), int(row_offsets[shard + 1])
+    yield from range(sample_id + 1, end)
+    yield from range(start, sample_id)
+
+
+def _share(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """As swav.distributed.share, which needs torch."""
+    return total * rank // world_size, total * (rank + 1) // world_size

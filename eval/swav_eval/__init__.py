@@ -1,0 +1,1 @@
+"""Protocols that judge a backbone, one module each."""

@@ -26,21 +26,25 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
-class GlobalBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` that also works on the CPU; ranks may hold uneven shares.
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What ``nn.SyncBatchNorm`` is on a GPU, for the CPU, where torch has none; ranks may hold uneven shares.
 
-    On a GPU it is torch's fused implementation. torch has none for the CPU, where this one computes the mean and then
-    the mean square deviation, which keeps more digits than the difference of two sums.
+    The variance is the mean square deviation from the global mean, which keeps more digits than the difference of two
+    sums, for a second all-reduce.
     """
+
+    process_group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  (torch's own name)
+        """Any number of trailing dimensions will do."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name)
         """Normalise [B, C, ...] over the samples of all ranks in the group."""
-        if input.is_cuda or not self.training or world_size() == 1:
-            normalized: Tensor = super().forward(input)
-            return normalized
+        if not self.training:
+            return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
-        values = input.float()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_full((1,), values.numel() / values.shape[1])
         sums = _SumOverRanks.apply(torch.cat([values.sum(dim=axes), count]), self.process_group)
         total = sums[-1].detach()
@@ -63,11 +67,12 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(variance * (total / (total - 1)), self.momentum)
 
 
-def synchronize(module: nn.Module, *, group_size: int = 0) -> nn.Module:
+def synchronize(module: nn.Module, device: torch.device, *, group_size: int = 0) -> nn.Module:
     """Replace every batch norm below ``module`` by one that spans ranks; names and values stay.
 
     Args:
         module: changed in place where it holds batch norms, and returned.
+        device: where it will compute.
         group_size: consecutive ranks that share statistics; 0 for all.
 
     Raises:
@@ -84,12 +89,15 @@ def synchronize(module: nn.Module, *, group_size: int = 0) -> nn.Module:
                 "use a divisor, or 0 for all ranks"
             )
         group, _ = dist.new_subgroups(group_size)
-    return _replace(module, group)
+    if device.type == "cpu":
+        return _replace(module, group)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
 
 
 def _replace(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        synced = GlobalBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum, process_group=group)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        synced = CpuSyncBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum)
+        synced.process_group = group
         synced.load_state_dict(module.state_dict())
         return synced
     for name, child in module.named_children():

@@ -25,7 +25,7 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, in_features] -> float32 embeddings [B, dim] of unit norm."""
         projected = self.out(F.relu(self.norm(self.hidden(features))))
-        return F.normalize(projected.float(), dim=1)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
 
 class Prototypes(nn.Module):
@@ -45,4 +45,4 @@ class Prototypes(nn.Module):
     def forward(self, embeddings: Tensor) -> list[Tensor]:
         """Embeddings [B, dim] -> per head, float32 scores [B, num_prototypes]."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            return [embeddings.float() @ head.mT for head in self.heads]
+            return [embeddings.to(head.dtype) @ head.mT for head in self.heads]

@@ -28,7 +28,7 @@ def sinkhorn(scores_ABK: Tensor, *, epsilon: float, num_iters: int) -> Tensor:
         num_iters: how often prototypes, then samples, are normalised.
 
     Returns:
-        float32 [A, B, K] whose rows sum to 1.
+        [A, B, K] whose rows sum to 1, in float32, or in float64 where the scores are.
 
     Raises:
         ValueError: epsilon is not positive, or there is no iteration.
@@ -36,7 +36,7 @@ def sinkhorn(scores_ABK: Tensor, *, epsilon: float, num_iters: int) -> Tensor:
     """
     if epsilon <= 0 or num_iters < 1:
         raise ValueError(f"sinkhorn needs epsilon > 0 and num_iters >= 1, got {epsilon} and {num_iters}")
-    scores_ABK = scores_ABK.detach().float()
+    scores_ABK = scores_ABK.detach().to(torch.promote_types(scores_ABK.dtype, torch.float32))
     highest_A, span = _range_over_ranks(scores_ABK)
     if not span < float("inf"):
         raise FloatingPointError("a prototype score is not finite")
@@ -67,7 +67,7 @@ def _logarithmic(scores_ABK: Tensor, highest_A: Tensor, epsilon: float, num_iter
     for _ in range(num_iters):
         prototype_log_A1K = -_logsumexp_over_ranks(logits_ABK + sample_log_AB1)
         sample_log_AB1 = -torch.logsumexp(logits_ABK + prototype_log_A1K, dim=2, keepdim=True)
-    return (logits_ABK + prototype_log_A1K).add_(sample_log_AB1).exp_().float()
+    return (logits_ABK + prototype_log_A1K).add_(sample_log_AB1).exp_().to(scores_ABK.dtype)
 
 
 def _logsumexp_over_ranks(logits_ABK: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from swav import storage
 from swav.data.scan import ROW_DTYPE, known_extensions, scan
 
 FORMAT = "swav.index/1"
+UNFINISHED_MARK = "write_shards.json"  # stands beside shards that are still being written
 _SHUFFLED_CHUNKS = 512 * 16  # default lanes times default window: with fewer chunks than this, chunks shrink
 _MAX_CHUNK_ROWS = 64
 _NUM_THREADS = 8
@@ -123,7 +124,7 @@ class DatasetIndex:
         Raises:
             RuntimeError: the table is missing or does not fit the index.
         """
-        return _load_rows(_table_path(self.folder, self.shards[shard].name), self.shards[shard])
+        return _load_rows(self.folder, self.shards[shard])
 
 
 def open_index(url: str) -> DatasetIndex:
@@ -184,6 +185,9 @@ def build_index(
             f"{url}: there is no .tar; turn a folder of images into shards with "
             "`python -m swav.data.write_shards SOURCE OUT`"
         )
+    mark = paths[0].parent / UNFINISHED_MARK
+    if written_from is None and mark.exists():
+        raise RuntimeError(f"{mark} says that the shards beside it are not all written; run write_shards again")
     folder = storage.local_path(out).absolute()
     shards = tuple(_index_all(paths, folder, crc32 or {}))
     total = sum(shard.rows for shard in shards)
@@ -287,8 +291,8 @@ def _subset(index: DatasetIndex, url: str) -> DatasetIndex:
 
 
 @lru_cache(maxsize=_OPEN_TABLES)
-def _load_rows(path: Path, shard: Shard) -> NDArray[np.void]:
-    remedy = _remedy(path.parent.parent / "index.json")
+def _load_rows(folder: Path, shard: Shard) -> NDArray[np.void]:
+    path, remedy = _table_path(folder, shard.name), _remedy(folder / "index.json")
     try:
         rows: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

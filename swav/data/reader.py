@@ -3,6 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class ShardReader:
             ValueError: the member is no decimal number, or the id is outside the index.
             RuntimeError: as for :meth:`image`.
         """
-        text = self._member(sample_id, "cls")
+        text = self.member(sample_id, "cls")
         if text is None:
             return None
         if not _INTEGER.fullmatch(text):
@@ -80,14 +81,16 @@ class ShardReader:
             labels[sample_id] = label
         return labels
 
-    def json(self, sample_id: int) -> bytes | None:
-        """The text of a sample's ``.json``, not parsed; None where it has none.
+    def member(self, sample_id: int, kind: Literal["cls", "json"]) -> bytes | None:
+        """The bytes of a sample's ``.cls`` or ``.json``; None where it has none.
 
         Raises:
             ValueError: the id is outside the index.
             RuntimeError: as for :meth:`image`.
         """
-        return self._member(sample_id, "json")
+        shard, row = self._row(sample_id)
+        offset = int(row[f"{kind}_offset"])
+        return self._read(shard, offset, int(row[f"{kind}_bytes"])) if offset else None
 
     def name(self, sample_id: int) -> str:
         """A sample's name for messages, ``<shard>.tar:<key>``; the key is read from the tar.
@@ -96,19 +99,24 @@ class ShardReader:
             ValueError: the id is outside the index.
             RuntimeError: as for :meth:`image`.
         """
+        shard, _ = self.index.locate_one(sample_id)
+        folder, slash, name = self.member_name(sample_id).rpartition("/")
+        return f"{self.index.shards[shard].name}:{folder}{slash}{name.partition('.')[0]}"
+
+    def member_name(self, sample_id: int) -> str:
+        """The path of a sample's image inside its tar, with its extension.
+
+        Raises:
+            ValueError: the id is outside the index.
+            RuntimeError: as for :meth:`image`.
+        """
         shard, row = self._row(sample_id)
         start = int(row["image_offset"]) - int(row["image_header_blocks"]) * tar.BLOCK_BYTES
-        folder, slash, name = tar.member_at(self._open(shard), start).name.rpartition("/")
-        return f"{self.index.shards[shard].name}:{folder}{slash}{name.partition('.')[0]}"
+        return tar.member_at(self._open(shard), start).name
 
     def _row(self, sample_id: int) -> tuple[int, np.void]:
         shard, row = self.index.locate_one(sample_id)
         return shard, self.index.rows(shard)[row]
-
-    def _member(self, sample_id: int, kind: str) -> bytes | None:
-        shard, row = self._row(sample_id)
-        offset = int(row[f"{kind}_offset"])
-        return self._read(shard, offset, int(row[f"{kind}_bytes"])) if offset else None
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
         data = self._open(shard).read(offset, num_bytes)

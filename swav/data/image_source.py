@@ -1,0 +1,219 @@
+"""Finds the images that a user names: a folder, a list of files, or shards."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from swav import storage
+from swav.data.index import open_index
+from swav.data.reader import ShardReader
+from swav.data.scan import IMAGE_EXTENSIONS, known_extensions
+
+_SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "unlabeled"))
+
+
+class ImageSource(Protocol):
+    """All samples of a source, in its sorted order."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The name of each label, where classes have names."""
+
+    @property
+    def num_skipped(self) -> int:
+        """Files or keys that are no images."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def digest(self) -> str:
+        """Changes when an image or a label is added, removed or changed; reads no image."""
+
+    def load(self, number: int) -> tuple[str, dict[str, bytes]]:
+        """Read a sample: what it is called there, and its members by extension."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """Images as files."""
+
+    root: Path
+    names: list[str]  # relative to the root
+    labels: list[int] | None
+    classes: list[str] | None
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def digest(self) -> str:
+        """A digest of names, sizes, modification times and labels."""
+        digest = hashlib.sha256()
+        for number, name in enumerate(self.names):
+            found = (self.root / name).stat()
+            label = None if self.labels is None else self.labels[number]
+            digest.update(json.dumps([name, found.st_size, found.st_mtime_ns, label]).encode())
+        return digest.hexdigest()
+
+    def load(self, number: int) -> tuple[str, dict[str, bytes]]:
+        """Read one file, as it is."""
+        path = self.root / self.names[number]
+        members = {path.suffix[1:].lower(): path.read_bytes()}
+        if self.labels is not None:
+            members["cls"] = str(self.labels[number]).encode()
+        return path.stem, members
+
+
+@dataclass(frozen=True, slots=True)
+class TarSource:
+    """Samples of shards."""
+
+    reader: ShardReader
+    classes: list[str] | None
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return self.reader.index.num_samples
+
+    def digest(self) -> str:
+        """A digest of the shards' names, sizes and modification times."""
+        index = self.reader.index
+        return hashlib.sha256(f"{index.identity} {[shard.mtime_ns for shard in index.shards]}".encode()).hexdigest()
+
+    def load(self, number: int) -> tuple[str, dict[str, bytes]]:
+        """Read a sample's image, label and JSON."""
+        stem, _, extension = self.reader.member_name(number).rpartition("/")[2].partition(".")
+        members = {extension.rpartition(".")[2].lower(): self.reader.image(number)}
+        for kind in ("cls", "json"):
+            data = self.reader.member(number, kind)
+            if data is not None:
+                members[kind] = data
+        return stem, members
+
+
+def find_images(source: str) -> ImageSource:
+    """List the samples of a source; reads no image.
+
+    Args:
+        source: a folder of images (no labels); a folder with one subfolder for each class (the label is the place of
+            the subfolder's name among the sorted names; images may lie deeper); tars, as a folder, a pattern or one
+            file; or a ``.csv`` or ``.jsonl`` list with ``path`` and, if there are labels, ``label``.
+
+    Raises:
+        ValueError: there are no images, or it is not clear what is meant; says what to do.
+    """
+    path = storage.local_path(source).absolute()
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        found = _from_list(path)
+    elif path.suffix == ".tar" or storage.has_pattern(source):
+        found = _from_tars(source, path.parent)
+    elif path.is_dir():
+        found = _from_folder(path)
+    else:
+        raise ValueError(f"{source}: there is no such folder; give a folder, a .csv or .jsonl list, or tars")
+    if not len(found):
+        raise ValueError(
+            f"{source}: no images found ({found.num_skipped} other files); known extensions: {known_extensions()}"
+        )
+    return found
+
+
+def _from_folder(folder: Path) -> ImageSource:
+    names = _files_below(folder)
+    top = [name for name in names if "/" not in name]
+    tars = [name for name in top if name.endswith(".tar")]
+    images = [name for name in top if _is_image(name)]
+    nested = [name for name in names if "/" in name and _is_image(name)]
+    classes = sorted({name.partition("/")[0] for name in nested})
+    kinds = {"tars": tars, "images": images, "folders of images": classes}
+    present = [f"{len(found)} {kind} (first: {found[0]})" for kind, found in kinds.items() if found]
+    if len(present) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(present)}; put one kind into a folder of its own and name that")
+    if tars:
+        return _from_tars(str(folder), folder)
+    if classes and {name.lower() for name in classes} <= _SPLIT_NAMES:
+        raise ValueError(
+            f"{folder} holds {', '.join(classes)}, which look like splits and not classes; name one of them, for "
+            f"example {folder / classes[0]}"
+        )
+    if images:
+        return FileSource(folder, images, None, None, len(names) - len(images))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name.partition("/")[0]] for name in nested]
+    return FileSource(folder, nested, labels or None, classes or None, len(names) - len(nested))
+
+
+def _files_below(folder: Path) -> list[str]:
+    """All files of a tree, hidden ones apart, as sorted relative paths."""
+    names: list[str] = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        prefix = os.path.relpath(root, folder) + "/" if Path(root) != folder else ""
+        names += [prefix + name for name in files if not name.startswith(".")]
+    return sorted(names)
+
+
+def _from_list(path: Path) -> ImageSource:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such list")
+    rows = list(_list_rows(path))
+    texts = [label for _, _, label in rows if label is not None]
+    if len(texts) not in (0, len(rows)):
+        line = next(line for line, _, label in rows if label is None)
+        raise ValueError(f"{path}, line {line} has no label and others have one; label all images or none")
+    numbered = all(re.fullmatch(r"-?[0-9]+", text) for text in texts)
+    classes = None if numbered else sorted(set(texts))
+    numbers = {text: int(text) if classes is None else classes.index(text) for text in set(texts)}
+    names, labels = [], []
+    for line, name, label in rows:
+        file = path.parent / name
+        if not file.is_file():
+            raise ValueError(f"{path}, line {line}: there is no file {file} (paths are relative to the list)")
+        if _is_image(name):
+            names.append(name)
+            labels += [] if label is None else [numbers[label]]
+    return FileSource(path.parent, names, labels or None, classes, len(rows) - len(names))
+
+
+def _list_rows(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Line number, path and label of each entry."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".csv":
+            reader = csv.DictReader(file)
+            if "path" not in (reader.fieldnames or ()):
+                raise ValueError(
+                    f"{path}: the first line must name the columns, path and perhaps label; it is "
+                    f"{','.join(reader.fieldnames or ())!r}"
+                )
+            for row in reader:
+                yield reader.line_num, row["path"] or "", row.get("label") or None
+            return
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is no JSON ({error})") from error
+            if not isinstance(record, dict) or not isinstance(record.get("path"), str):
+                raise ValueError(f'{path}, line {number} must be an object like {{"path": "a.jpg", "label": 3}}')
+            label = record.get("label")
+            yield number, record["path"], None if label is None else str(label)
+
+
+def _from_tars(url: str, folder: Path) -> ImageSource:
+    index = open_index(url)
+    reader = ShardReader(index)
+    names = folder / "classes.txt"
+    classes = names.read_text().splitlines() if names.is_file() else None
+    return TarSource(reader, classes, sum(shard.keys_without_image for shard in index.shards))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS

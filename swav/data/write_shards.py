@@ -1,0 +1,191 @@
+"""Writes a dataset as shards: plain webdataset tars and their index.
+
+Images are copied byte for byte, never encoded again; a broken one is copied too, and found by the loader.
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import webdataset
+from tqdm import tqdm
+
+from swav import rng, storage
+from swav.data.image_source import ImageSource, find_images
+from swav.data.index import UNFINISHED_MARK, DatasetIndex, build_index, open_index
+
+_FORMAT = "swav.write_shards/1"
+_SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar|\.shard-[0-9]{6,}\.tar\.[0-9a-f]+\.partial")
+
+logger = logging.getLogger(__name__)
+
+
+def write_shards(
+    source: str,
+    out: str,
+    *,
+    samples_per_shard: int = 10_000,
+    bytes_per_shard: int = 256_000_000,
+    shuffle: int | None = None,
+) -> DatasetIndex:
+    """Write the images of a source as shards, and index them.
+
+    The folder then holds ``shard-000000.tar`` and so on, the index, and, if classes have names, ``classes.txt`` (one
+    name per line, in the order of the labels). A sample's key is its number and its old name without dots, so keys are
+    unique. The index, with each shard's CRC-32, is written last: a folder without it is not finished, and the same call
+    starts it again. A folder that was finished with the same options from a source that has not changed is opened.
+
+    Args:
+        source: see :func:`swav.data.image_source.find_images`.
+        out: a new or empty folder.
+        samples_per_shard: a new shard begins after so many samples,
+        bytes_per_shard: or once a shard has so many bytes.
+        shuffle: seed of a shuffle of the samples; None keeps the source's sorted order, which is enough for training,
+            as the sample order shuffles across shards.
+
+    Raises:
+        ValueError: the source is not understood, ``out`` holds something else, or an option is below 1.
+        OSError: a file cannot be read or written, or the disk is full; what is finished stays finished.
+    """
+    if min(samples_per_shard, bytes_per_shard) < 1:
+        raise ValueError(f"a shard needs at least 1 sample and 1 byte, got {samples_per_shard} and {bytes_per_shard}")
+    images = find_images(source)
+    folder = storage.local_path(out).absolute()
+    record = {
+        "format": _FORMAT,
+        "source": str(storage.local_path(source).absolute()),
+        "digest": images.digest(),
+        "num_samples": len(images),
+        "options": [samples_per_shard, bytes_per_shard, shuffle],
+    }
+    if _is_finished(folder, record):
+        logger.info("%s already holds these %d samples", folder, len(images))
+        return open_index(str(folder))
+    _start(folder, record)
+    if images.num_skipped:
+        logger.warning("%s: %d files are no images by their name and are left out", source, images.num_skipped)
+    order = np.arange(len(images))
+    if shuffle is not None:
+        rng.generator(shuffle, "write shards").shuffle(order)
+    checksums = _write_all(images, [int(number) for number in order], folder, samples_per_shard, bytes_per_shard)
+    if images.classes is not None:
+        storage.write_atomic(folder / "classes.txt", ("\n".join(images.classes) + "\n").encode())
+    index = build_index(str(folder), str(folder), crc32=checksums, written_from=record)
+    (folder / UNFINISHED_MARK).unlink(missing_ok=True)
+    return index
+
+
+def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the folder holds what is to be written.
+
+    Raises:
+        ValueError: it holds shards of something else.
+    """
+    if not (folder / "index.json").exists():
+        return False
+    found = open_index(str(folder)).written_from
+    if found == record:
+        return True
+    what = "shards that this program did not write" if found is None else f"shards of {found.get('source')}"
+    if found is not None and found.get("source") == record["source"]:
+        changed = "the source" if found.get("digest") != record["digest"] else "the options"
+        what = f"shards of this source, but {changed} have changed since"
+    raise ValueError(f"{folder} already holds {what}; choose another folder, or remove it first")
+
+
+def _start(folder: Path, record: dict[str, Any]) -> None:
+    """Take possession of a folder: empty, or left by a call of ours that was interrupted.
+
+    Raises:
+        ValueError: it holds other files.
+    """
+    mark = folder / UNFINISHED_MARK
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if present and not mark.exists():
+        raise ValueError(f"{folder} is not empty (it holds {present[0]}); choose a new folder for the shards")
+    leftovers = [name for name in present if _SHARD_NAME.fullmatch(name)]
+    if leftovers:
+        logger.info("%s: an interrupted call left %d shards; starting again", folder, len(leftovers))
+    for name in leftovers:
+        (folder / name).unlink()
+    storage.write_atomic(mark, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _write_all(
+    images: ImageSource, order: list[int], folder: Path, samples_per_shard: int, bytes_per_shard: int
+) -> dict[str, int]:
+    """Write the samples in the given order; returns each shard's CRC-32 by its name."""
+    checksums: dict[str, int] = {}
+    with tqdm(total=len(order), desc="writing shards", unit="image", delay=0.5) as progress:
+        written = 0
+        while written < len(order):
+            name = f"shard-{len(checksums):06d}.tar"
+            with storage.open_atomic(folder / name) as file:
+                stream = _ChecksumStream(file)
+                # mtime: the present time as a float would cost a pax header of 1 KiB for every member
+                with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+                    end = min(written + samples_per_shard, len(order))
+                    while written < end and stream.num_bytes < bytes_per_shard:
+                        stem, members = images.load(order[written])
+                        writer.write({"__key__": _key(written, stem)} | members)
+                        written += 1
+                        progress.update()
+            checksums[name] = stream.crc32
+    return checksums
+
+
+def _key(number: int, stem: str) -> str:
+    """A unique key that still shows where the sample comes from, without dots, and 100 bytes long at most."""
+    return f"{number:09d}-{re.sub(r'[^0-9A-Za-z_-]+', '_', stem)[:60]}"
+
+
+@dataclass(slots=True)
+class _ChecksumStream:
+    """Counts and checksums what is written."""
+
+    file: BinaryIO
+    num_bytes: int = 0
+    crc32: int = 0
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data)
+        self.num_bytes += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return len(data)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write shards from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swav.data.write_shards", description="Write images as webdataset shards with an index."
+    )
+    parser.add_argument("source", help="folder of images, flat or one subfolder per class; .csv/.jsonl list; or tars")
+    parser.add_argument("out", help="new folder for the shards")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
+    parser.add_argument("--bytes-per-shard", type=int, default=256_000_000, metavar="N")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the samples (default: sorted order)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        index = write_shards(
+            options.source,
+            options.out,
+            samples_per_shard=options.samples_per_shard,
+            bytes_per_shard=options.bytes_per_shard,
+            shuffle=options.shuffle,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    num_bytes = sum(shard.num_bytes for shard in index.shards)
+    sys.stdout.write(f"{index.folder}: {index.num_samples} samples in {len(index.shards)} shards, {num_bytes} bytes\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Samples to batches of raw crops: one process per rank, N threads, every pixel a function of its sample.
+
+A thread reads a sample, decodes it once and cuts all its crops straight into the batch. Decoding and resizing run
+without the GIL. The threads stay off torch's intra-op pool (see :func:`swav.data.multicrop.cut_crops`), so neither
+they nor ``torch.set_num_threads`` in the main thread disturb one another.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from swav.config import CropConfig
+from swav.data.batch import RawBatch
+from swav.data.decode import BrokenImageError, decode_image
+from swav.data.multicrop import crop_boxes, crop_draws, cut_crops
+
+_MAX_SAMPLES_PER_TASK = 16  # handing over a task costs as much as cutting one or two small crops
+
+_logger = logging.getLogger(__name__)
+
+
+class SampleReader(Protocol):
+    """What the loader needs of :class:`swav.data.reader.ShardReader`; called from many threads at once."""
+
+    def image(self, sample_id: int, /) -> bytes:
+        """The encoded image."""
+
+    def name(self, sample_id: int, /) -> str:
+        """The sample's name for messages."""
+
+
+class SampleOrder(Protocol):
+    """What the loader needs of :class:`swav.data.order.EpochOrder`."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of the epoch."""
+
+    def batch_size(self, step: int, /) -> int:
+        """Samples of the global batch."""
+
+    def rank_batch(self, step: int, rank: int, world_size: int, /) -> tuple[NDArray[np.int64], int]:
+        """A rank's sample ids, and where they start in the global batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A sample that could not be decoded, and is left out of an epoch."""
+
+    epoch: int
+    step: int
+    sample_id: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A batch in the making; each task gives the broken samples that it met."""
+
+    batch: RawBatch
+    tasks: list[Future[list[Quarantined]]]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Streams one rank's share of every global batch, in step order.
+
+    Every batch is newly allocated and belongs to whoever takes it, for as long as they like. Pinned memory comes from
+    torch's caching host allocator, which reuses a block only after the copies to the device that read it. At most
+    ``prefetch_batches + 1`` batches are in the making, besides those that the caller keeps. Nothing is read and no
+    thread starts before an epoch is iterated.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    reader: SampleReader
+    order_of_epoch: Callable[[int], SampleOrder]
+    crops: Sequence[CropConfig]
+    _: KW_ONLY
+    substitutes: Callable[[int], Iterable[int]]  # for a broken sample, those to try in its place, in a fixed order
+    seed: int
+    num_threads: int = 1  # that decode and cut
+    rank: int = 0
+    world_size: int = 1
+    pin_memory: bool = False  # for copies to a GPU that nobody waits for
+    prefetch_batches: int = 2  # how far to work ahead of the caller
+    max_quarantined: int | None = None  # broken samples that this rank bears in an epoch; None: any number
+    on_quarantine: Callable[[Quarantined], None] | None = None  # in the caller's thread, once per epoch and sample
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 1 or self.prefetch_batches < 0 or not 0 <= self.rank < self.world_size or not self.crops:
+            raise ValueError(
+                f"a loader needs crops, num_threads >= 1, prefetch_batches >= 0 and 0 <= rank < world_size, got "
+                f"{len(self.crops)} crop groups, {self.num_threads}, {self.prefetch_batches}, "
+                f"rank {self.rank} of {self.world_size}"
+            )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """Stream an epoch from a step on; the batches equal those of an uninterrupted epoch.
+
+        A broken sample is reported once, and its place goes to the first sound substitute, cut by the draws of the
+        sample that it replaces. Leaving early, by ``close()`` or an exception, ends the threads.
+
+        Raises:
+            ValueError: the epoch has fewer than ``start_step`` steps.
+            RuntimeError: while iterating: reading failed, a sample has no sound substitute, or more than
+                ``max_quarantined`` samples are broken.
+        """
+        order = self.order_of_epoch(epoch)
+        if not 0 <= start_step <= order.num_steps:
+            raise ValueError(f"cannot start at step {start_step} of an epoch of {order.num_steps} steps")
+        return self._batches(order, epoch, start_step)
+
+    def _batches(self, order: SampleOrder, epoch: int, start_step: int) -> Iterator[RawBatch]:
+        quarantined: dict[int, Quarantined] = {}
+        steps = iter(range(start_step, order.num_steps))
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="swav-loader")
+        pending: deque[_Pending] = deque()
+        try:
+            while True:
+                for step in islice(steps, self.prefetch_batches + 1 - len(pending)):
+                    pending.append(self._start(pool, stop, order, epoch, step))
+                if not pending:
+                    return
+                first = pending.popleft()
+                for task in first.tasks:
+                    self._quarantine(task.result(), quarantined)
+                yield first.batch
+                del first  # before the next ones are allocated
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(
+        self, pool: ThreadPoolExecutor, stop: threading.Event, order: SampleOrder, epoch: int, step: int
+    ) -> _Pending:
+        ids, offset = order.rank_batch(step, self.rank, self.world_size)
+        batch = RawBatch(
+            crops=[self._allocate(group, len(ids)) for group in self.crops],
+            ids=ids,
+            substituted=np.zeros(len(ids), dtype=np.bool_),
+            epoch=epoch,
+            step=step,
+            global_offset=offset,
+            global_size=order.batch_size(step),
+        )
+        draws = crop_draws(self.seed, epoch, ids, self.crops)
+        size = min(_MAX_SAMPLES_PER_TASK, -(-len(ids) // (4 * self.num_threads)))
+        places = [range(len(ids))[start : start + size] for start in range(0, len(ids), max(size, 1))]
+        return _Pending(batch, [pool.submit(self._fill, batch, draws, part, stop) for part in places])
+
+    def _allocate(self, group: CropConfig, num: int) -> Tensor:
+        shape = (group.num_crops, num, group.size_px, group.size_px, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory).permute(0, 1, 4, 2, 3)
+
+    def _fill(
+        self, batch: RawBatch, draws: NDArray[np.float64], places: range, stop: threading.Event
+    ) -> list[Quarantined]:
+        """Decode and cut the samples at some places of a batch (in a thread)."""
+        broken: list[Quarantined] = []
+        for place in places:
+            if stop.is_set():
+                break
+            image, met = self._decode(batch, int(batch.ids[place]))
+            broken += met
+            batch.substituted[place] = bool(met)
+            boxes = crop_boxes(draws[place], self.crops, *image.shape[:2])
+            slots = [crop[place : place + 1] for group in batch.crops for crop in group.unbind()]
+            cut_crops(image, boxes, slots)
+        return broken
+
+    def _decode(self, batch: RawBatch, wanted: int) -> tuple[NDArray[np.uint8], list[Quarantined]]:
+        """The pixels of a sample or of its first sound substitute, and the broken samples on the way there."""
+        broken: list[Quarantined] = []
+        for sample_id in _chain(wanted, self.substitutes):
+            try:
+                return decode_image(self.reader.image(sample_id)), broken
+            except BrokenImageError as error:
+                broken.append(Quarantined(batch.epoch, batch.step, sample_id, self._name(sample_id), str(error)))
+            except Exception as error:
+                raise RuntimeError(f"sample {sample_id} ({self._name(sample_id)}) cannot be read: {error}") from error
+        raise RuntimeError(
+            f"sample {wanted} ({broken[0].name}) is broken ({broken[0].reason}), and so are all {len(broken) - 1} "
+            "samples that could replace it; mend or remove its shard"
+        )
+
+    def _name(self, sample_id: int) -> str:
+        try:
+            return self.reader.name(sample_id)
+        except (RuntimeError, OSError, ValueError):  # what broke the sample may hide its name too
+            return "name unreadable"
+
+    def _quarantine(self, broken: list[Quarantined], known: dict[int, Quarantined]) -> None:
+        for record in broken:
+            if record.sample_id in known:
+                continue
+            known[record.sample_id] = record
+            _logger.warning("sample %d (%s) is left out: %s", record.sample_id, record.name, record.reason)
+            if self.on_quarantine is not None:
+                self.on_quarantine(record)
+        if self.max_quarantined is not None and len(known) > self.max_quarantined:
+            examples = "; ".join(f"{record.name}: {record.reason}" for record in islice(known.values(), 3))
+            raise RuntimeError(
+                f"{len(known)} broken images in one epoch are more than the {self.max_quarantined} that are admitted "
+                f"({examples}); mend the data, or raise data.max_quarantined_fraction"
+            )
+
+
+def _chain(wanted: int, substitutes: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    yield wanted
+    yield from substitutes(wanted)

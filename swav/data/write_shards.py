@@ -142,8 +142,9 @@ def _write_all(
 
 
 def _key(number: int, stem: str) -> str:
-    """A unique key that still shows where the sample comes from, without dots, and 100 bytes long at most."""
-    return f"{number:09d}-{re.sub(r'[^0-9A-Za-z_-]+', '_', stem)[:60]}"
+    """A unique key without dots that shows where the sample comes from; short ASCII, so that ustar headers do."""
+    name = re.sub(r"[^0-9A-Za-z_-]+", "_", re.sub(r"^[0-9]{9}-", "", stem))
+    return f"{number:09d}-{name[:60]}"
 
 
 @dataclass(slots=True)

@@ -1,0 +1,182 @@
+import hashlib
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swav.data.order import EpochOrder, Ids, substitutes
+
+
+def _order(
+    rows: list[int] | Ids,
+    *,
+    batch: int,
+    lanes: int,
+    chunk_rows: int = 4,
+    window_chunks: int = 4,
+    seed: int = 31,
+    epoch: int = 0,
+) -> EpochOrder:
+    return EpochOrder(
+        np.asarray(rows),
+        chunk_rows=chunk_rows,
+        seed=seed,
+        epoch=epoch,
+        global_batch=batch,
+        num_lanes=lanes,
+        window_chunks=window_chunks,
+    )
+
+
+def _epoch(order: EpochOrder) -> Ids:
+    return np.concatenate([order.batch(step) for step in range(order.num_steps)])
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40), st.just(200)), min_size=1, max_size=6),
+    lanes=st.integers(2, 12),
+    per_lane=st.integers(1, 5),
+    chunk_rows=st.sampled_from([1, 2, 3, 8, 64]),
+    window_chunks=st.integers(1, 6),
+    epoch=st.integers(0, 3),
+)
+def test_every_sample_once_in_batches_of_even_size(
+    rows: list[int], lanes: int, per_lane: int, chunk_rows: int, window_chunks: int, epoch: int
+) -> None:
+    rows = [*rows, 1]
+    size, total = lanes * per_lane, sum(rows)
+    order = _order(rows, batch=size, lanes=lanes, chunk_rows=chunk_rows, window_chunks=window_chunks, epoch=epoch)
+    batches = [order.batch(step) for step in range(order.num_steps)]
+    assert sorted(np.concatenate(batches).tolist()) == list(range(total))
+    sizes = [len(batch) for batch in batches]
+    assert sizes == [order.batch_size(step) for step in range(order.num_steps)]
+    assert len(sizes) == -(-total // size)
+    if total % size == 0:
+        assert set(sizes) == {size}
+    elif total > size:
+        assert set(sizes[:-2]) <= {size}
+        assert abs(sizes[-1] - sizes[-2]) <= 1
+        assert min(sizes) * 2 >= size
+
+
+@pytest.mark.parametrize("rows", [[1], [7], [63], [64], [65], [1] * 100, [300, 1, 1, 1], [0, 0, 129, 0]])
+def test_every_sample_once_at_the_edges(rows: list[int]) -> None:
+    for batch, lanes in [(64, 64), (64, 1), (1, 1), (8, 4)]:
+        assert sorted(_epoch(_order(rows, batch=batch, lanes=lanes)).tolist()) == list(range(sum(rows)))
+
+
+def _gathered(order: EpochOrder, step: int, world_size: int) -> Ids:
+    parts = []
+    for rank in range(world_size):
+        ids, offset = order.rank_batch(step, rank, world_size)
+        assert offset == sum(len(part) for part in parts)
+        parts.append(ids)
+    return np.concatenate(parts)
+
+
+def test_the_order_is_the_same_for_every_world() -> None:
+    order = _order([301, 1, 650, 77, 900, 5], batch=128, lanes=64, chunk_rows=8)
+    expected = hashlib.sha256(_epoch(order).tobytes()).hexdigest()
+    assert order.num_steps > 12
+    worlds = np.random.default_rng(0).integers(1, 60, order.num_steps)
+    for sizes in [[w] * order.num_steps for w in (1, 2, 3, 5, 7, 64)] + [np.repeat(worlds, 3)]:
+        steps = [_gathered(order, step, int(sizes[step])) for step in range(order.num_steps)]
+        assert hashlib.sha256(np.concatenate(steps).tobytes()).hexdigest() == expected
+
+
+def test_seeking_equals_walking() -> None:
+    rows = [301, 40, 650]
+    walked = _order(rows, batch=32, lanes=16)
+    batches = [walked.batch(step) for step in range(walked.num_steps)]
+    for step in reversed(range(walked.num_steps)):
+        assert _order(rows, batch=32, lanes=16).batch(step).tolist() == batches[step].tolist()
+
+
+def test_epochs_seeds_and_the_shards_differ_in_order() -> None:
+    runs = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [_epoch(_order([500, 500], batch=50, lanes=10, seed=seed, epoch=epoch)) for seed, epoch in runs]
+    orders.append(np.arange(1000))
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert (one == other).mean() < 0.02
+
+
+def test_a_rank_reads_only_chunks_of_its_lanes() -> None:
+    order = _order([6400], batch=64, lanes=16, chunk_rows=8)
+    owner: dict[int, int] = {}
+    for step in range(order.num_steps - 8):  # the rest of the lanes is shared
+        for rank in range(4):
+            for chunk in order.rank_batch(step, rank, 4)[0] // 8:
+                assert owner.setdefault(int(chunk), rank) == rank
+
+
+def test_class_sorted_shards_give_mixed_batches() -> None:
+    num_classes, per_class, batch = 200, 512, 1024
+    labels = np.repeat(np.arange(num_classes), per_class)
+    order = _order([5120] * 20, batch=batch, lanes=256, chunk_rows=16, window_chunks=16)
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+
+    def entropy(ids: Ids) -> float:
+        share = np.bincount(labels[ids], minlength=num_classes) / len(ids)
+        return float(-(share[share > 0] * np.log2(share[share > 0])).sum())
+
+    ours = [entropy(order.batch(step)) for step in range(order.num_steps)]
+    ideal = np.mean([entropy(part) for part in shuffled.reshape(-1, batch)])
+    assert min(ours) >= 0.95 * ideal
+    assert np.mean(ours) >= 0.98 * ideal
+
+
+def test_a_billion_samples_need_little_memory() -> None:
+    rows = 10_000 - np.arange(100_000) % 7
+    tracemalloc.start()
+    order = _order(rows, batch=4096, lanes=512, chunk_rows=64, window_chunks=16)
+    seen = np.concatenate([order.rank_batch(step, 300, 512)[0] for step in (0, 200_000, order.num_steps - 1)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6
+    assert order.num_samples == rows.sum() > 999e6
+    assert 0 <= seen.min() <= seen.max() < order.num_samples
+
+
+def test_more_ranks_than_lanes_are_refused() -> None:
+    order = _order([1000], batch=64, lanes=16)
+    order.check_world(16)
+    with pytest.raises(ValueError, match=r"17 ranks are more than 16 lanes; raise data\.lanes"):
+        order.rank_batch(0, 0, 17)
+
+
+def test_a_batch_smaller_than_the_world_is_refused() -> None:
+    with pytest.raises(ValueError, match="smallest batch of the epoch has 10 samples .*fewer than 11 ranks"):
+        _order([10], batch=64, lanes=16).rank_batch(0, 0, 11)
+    with pytest.raises(ValueError, match="smallest batch of the epoch has 32 samples"):
+        _order([65], batch=64, lanes=64).check_world(33)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "lanes", "message"),
+    [
+        ([10], 10, 3, "3 lanes do not divide the global batch 10"),
+        ([], 4, 2, "0 shards hold 0"),
+        ([0, 0], 4, 2, "2 shards hold 0"),
+        ([4], 0, 1, "must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(rows: list[int], batch: int, lanes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _order(rows, batch=batch, lanes=lanes)
+
+
+@pytest.mark.parametrize("step", [-1, 4])
+def test_steps_outside_the_epoch_are_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step {step} is outside this epoch's 4 steps"):
+        _order([64], batch=16, lanes=4).batch(step)
+
+
+def test_substitutes_are_the_rest_of_the_shard_from_the_next_on() -> None:
+    offsets = np.array([0, 3, 3, 8, 9])
+    assert list(substitutes(offsets, 5)) == [6, 7, 3, 4]
+    assert list(substitutes(offsets, 2)) == [0, 1]
+    assert list(substitutes(offsets, 8)) == []

@@ -12,7 +12,7 @@ from swav.data import tar
 from swav.data.index import DatasetIndex
 from swav.storage import RangeFile
 
-_MAX_OPEN_FILES = 128
+_MAX_OPEN_FILES = 256  # with as many open tables of the index, half of the usual limit of 1024
 _INTEGER = re.compile(rb"\s*-?[0-9]+\s*")
 
 

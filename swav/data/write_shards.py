@@ -46,7 +46,7 @@ def write_shards(
         source: see :func:`swav.data.image_source.find_images`.
         out: a new or empty folder.
         samples_per_shard: a new shard begins after so many samples,
-        bytes_per_shard: or once a shard has so many bytes.
+        bytes_per_shard: or once its members have so many bytes.
         shuffle: seed of a shuffle of the samples; None keeps the source's sorted order, which is enough for training,
             as the sample order shuffles across shards.
 
@@ -95,8 +95,8 @@ def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
         return True
     what = "shards that this program did not write" if found is None else f"shards of {found.get('source')}"
     if found is not None and found.get("source") == record["source"]:
-        changed = "the source" if found.get("digest") != record["digest"] else "the options"
-        what = f"shards of this source, but {changed} have changed since"
+        changed = "source has" if found.get("digest") != record["digest"] else "options have"
+        what = f"shards of this source, but the {changed} changed since"
     raise ValueError(f"{folder} already holds {what}; choose another folder, or remove it first")
 
 
@@ -131,10 +131,10 @@ def _write_all(
                 stream = _ChecksumStream(file)
                 # mtime: the present time as a float would cost a pax header of 1 KiB for every member
                 with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-                    end = min(written + samples_per_shard, len(order))
-                    while written < end and stream.num_bytes < bytes_per_shard:
+                    end, num_bytes = min(written + samples_per_shard, len(order)), 0
+                    while written < end and num_bytes < bytes_per_shard:
                         stem, members = images.load(order[written])
-                        writer.write({"__key__": _key(written, stem)} | members)
+                        num_bytes += writer.write({"__key__": _key(written, stem)} | members)
                         written += 1
                         progress.update()
             checksums[name] = stream.crc32
@@ -149,15 +149,13 @@ def _key(number: int, stem: str) -> str:
 
 @dataclass(slots=True)
 class _ChecksumStream:
-    """Counts and checksums what is written."""
+    """A file that keeps the checksum of what is written to it."""
 
     file: BinaryIO
-    num_bytes: int = 0
     crc32: int = 0
 
     def write(self, data: bytes) -> int:
         self.file.write(data)
-        self.num_bytes += len(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         return len(data)
 

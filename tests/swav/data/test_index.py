@@ -168,7 +168,7 @@ def test_the_command_line_writes_beside_the_shards(tmp_path: Path, capsys: pytes
     main([str(data)])
     assert "5 samples in 2 tars" in capsys.readouterr().out
     assert json.loads((data / "index.json").read_text())["format"] == "swav.index/1"
-    with pytest.raises(SystemExit, match="error: .*no such file or folder"):
+    with pytest.raises(SystemExit, match=r"error: .*no such file or folder"):
         main([str(tmp_path / "none")])
 
 

@@ -1,0 +1,161 @@
+import json
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from swav_testing.shards import make_jpeg, write_dataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from swav.data.image_source import FileSource
+from swav.data.index import DatasetIndex, open_index
+from swav.data.reader import ShardReader
+from swav.data.write_shards import main, write_shards
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for number in range(10):
+        path = tmp_path / "images" / f"class-{number % 3}" / f"photo.{number}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_jpeg(number))
+    return tmp_path / "images"
+
+
+def _contents(index: DatasetIndex) -> list[tuple[bytes, int | None]]:
+    with ShardReader(index) as reader:
+        return [(reader.image(i), reader.label(i)) for i in range(index.num_samples)]
+
+
+def test_files_arrive_byte_for_byte_with_labels(images: Path, tmp_path: Path) -> None:
+    index = write_shards(str(images), str(tmp_path / "out"), samples_per_shard=4)
+    expected = [
+        (make_jpeg(number), number % 3) for number in sorted(range(10), key=lambda number: (number % 3, number))
+    ]
+    assert _contents(index) == expected
+    assert index.rows_per_shard.tolist() == [4, 4, 2]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "class-0\nclass-1\nclass-2\n"
+    assert open_index(str(tmp_path / "out")) == index
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classes.txt", "index", "index.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar",
+    ]  # fmt: skip
+
+
+def test_other_readers_see_plain_shards(images: Path, tmp_path: Path) -> None:
+    index = write_shards(str(images), str(tmp_path / "out"))
+    with Path(index.shard_path(0)).open("rb") as file:  # WebDataset itself would leave it open
+        samples = list(group_by_keys(tar_file_expander([{"url": "shard", "stream": file}])))
+    assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == _contents(index)
+    keys = [sample["__key__"] for sample in samples]
+    assert keys[:2] == ["000000000-photo_0", "000000001-photo_3"]
+    with tarfile.open(index.shard_path(0)) as archive:
+        assert {(member.mtime, tuple(member.pax_headers)) for member in archive} == {(0, ())}
+
+
+def test_the_index_has_the_checksum_of_each_shard(images: Path, tmp_path: Path) -> None:
+    index = write_shards(str(images), str(tmp_path / "out"), samples_per_shard=4)
+    for number, shard in enumerate(index.shards):
+        assert zlib.crc32(Path(index.shard_path(number)).read_bytes()) == shard.crc32
+
+
+def test_bytes_per_shard_ends_a_shard(images: Path, tmp_path: Path) -> None:
+    index = write_shards(str(images), str(tmp_path / "out"), bytes_per_shard=1)
+    assert index.rows_per_shard.tolist() == [1] * 10
+
+
+def test_a_shuffle_is_a_function_of_its_seed(images: Path, tmp_path: Path) -> None:
+    one, same, other, plain = (
+        _contents(write_shards(str(images), str(tmp_path / f"out-{number}"), shuffle=seed))
+        for number, seed in enumerate([1, 1, 2, None])
+    )
+    assert one == same
+    assert one not in (other, plain)
+    assert sorted(one) == sorted(plain)
+
+
+def test_tars_are_written_again_with_labels_and_classes(tmp_path: Path) -> None:
+    source = write_dataset(tmp_path / "data", [3, 1, 5])
+    (source / "classes.txt").write_text("a\nb\nc\n")
+    index = write_shards(str(source), str(tmp_path / "out"), samples_per_shard=5)
+    assert _contents(index) == [(b"image-%d" % i, i % 3) for i in range(9)]
+    assert index.rows_per_shard.tolist() == [5, 4]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "a\nb\nc\n"
+    again = write_shards(str(tmp_path / "out"), str(tmp_path / "again"))
+    with ShardReader(again) as reader:
+        assert reader.name(8) == "shard-000000.tar:000000008-000008"  # one number, not two
+
+
+def test_broken_images_are_copied_and_other_files_counted(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images / "class-0" / "text.jpg").write_text("no image")
+    (images / "class-0" / "empty.jpg").touch()
+    (images / "class-0" / "notes.txt").write_text("text")
+    index = write_shards(str(images), str(tmp_path / "out"))
+    assert {b"no image", b""} <= {image for image, _ in _contents(index)}
+    assert "1 files are no images by their name" in caplog.text
+
+
+def test_a_finished_folder_is_recognised(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_shards(str(images), str(tmp_path / "out"))
+    monkeypatch.setattr(FileSource, "load", lambda *_: pytest.fail("written twice"))
+    assert write_shards(str(images), str(tmp_path / "out")) == first
+    with pytest.raises(ValueError, match="shards of this source, but the options have changed since"):
+        write_shards(str(images), str(tmp_path / "out"), samples_per_shard=3)
+    (images / "class-0" / "new.jpg").write_bytes(b"new")
+    with pytest.raises(ValueError, match="shards of this source, but the source has changed since"):
+        write_shards(str(images), str(tmp_path / "out"))
+
+
+def test_a_folder_that_holds_something_else_is_refused(images: Path, tmp_path: Path) -> None:
+    out = write_dataset(tmp_path / "out", [2])
+    with pytest.raises(ValueError, match=r"is not empty \(it holds shard-000000\.tar\)"):
+        write_shards(str(images), str(out))
+    write_shards(str(out), str(tmp_path / "shards"))
+    with pytest.raises(ValueError, match=f"already holds shards of {out}; choose another folder"):
+        write_shards(str(images), str(tmp_path / "shards"))
+    assert len(list(out.iterdir())) == 1
+
+
+def test_an_interrupted_call_is_no_dataset_and_starts_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, load = tmp_path / "out", FileSource.load
+
+    def interrupted(self: FileSource, number: int) -> Any:
+        if number == 6:
+            raise KeyboardInterrupt
+        return load(self, number)
+
+    monkeypatch.setattr(FileSource, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(str(images), str(out), samples_per_shard=2)
+    (out / ".shard-000003.tar.0a0b0c0d.partial").touch()  # as a killed process leaves it
+    with pytest.raises(RuntimeError, match="are not all written; run write_shards again"):
+        open_index(str(out))
+    monkeypatch.undo()
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "cache"))
+    index = write_shards(str(images), str(out), samples_per_shard=5)
+    assert index.rows_per_shard.tolist() == [5, 5]
+    assert sorted(path.name for path in out.glob("*shard-*")) == ["shard-000000.tar", "shard-000001.tar"]
+    assert list(out.glob(".*")) == []
+
+
+def test_options_below_one_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1 sample and 1 byte, got 0 and 5"):
+        write_shards(str(images), str(tmp_path / "out"), samples_per_shard=0, bytes_per_shard=5)
+
+
+def test_the_command_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(images), str(tmp_path / "out"), "--samples-per-shard", "6", "--shuffle", "3"])
+    assert "10 samples in 2 shards" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "index.json").read_text())["written_from"]
+    assert record["options"] == [6, 256_000_000, 3]
+    with pytest.raises(SystemExit, match=r"error: .*no such folder"):
+        main([str(tmp_path / "none"), str(tmp_path / "other")])

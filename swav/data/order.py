@@ -19,6 +19,8 @@ from swav.data import feistel
 
 Ids = NDArray[np.int64]
 
+_TURNS = 1 << 32  # a power of two above any lane's rows and with them below 2^63
+
 
 class EpochOrder:
     """One epoch's batches.
@@ -27,8 +29,8 @@ class EpochOrder:
     what is left evenly, as a tiny last batch would harm Sinkhorn and batch norm; each then has at least half the size.
     A dataset smaller than one batch is one batch. Every sample comes exactly once.
 
-    The first steps take equally many rows of every lane. Lanes end at different rows; the rows that are left come
-    last, lane after lane.
+    The first steps take equally many rows of every lane. Lanes differ in length, so the last steps take of every lane
+    in proportion to what it has left: they too mix all lanes, and a rank reads about its own.
     """
 
     def __init__(
@@ -105,9 +107,8 @@ class EpochOrder:
         self.check_world(world_size)
         size = self.batch_size(step)
         if step >= self._lane_steps:
-            start = self._tail_range(step)[0]
             first, end = _share(size, rank, world_size)
-            return self._tail_rows(np.arange(start + first, start + end)), first
+            return self._tail_rows(step, np.arange(first, end)), first
         rows = self._batch // self._lanes
         first, end = _share(self._lanes, rank, world_size)
         lanes = np.repeat(np.arange(first, end), rows)
@@ -144,7 +145,7 @@ class EpochOrder:
         self._short_missing = np.concatenate([[0], np.cumsum(missing[short][order])])
 
     def _plan_tail(self) -> None:
-        """Settle how many steps take equally many rows of every lane, and where the rest of each lane starts."""
+        """Settle how many steps take equally many rows of every lane, and how many rows each lane has left."""
         lanes = np.arange(self._lanes)
         self._lane_chunks = (self._num_chunks[0] - lanes + self._lanes - 1) // self._lanes
         lane_rows = self._rows_before(lanes, self._lane_chunks)
@@ -153,11 +154,11 @@ class EpochOrder:
         if self.num_samples % self._batch:  # the last two batches, or the only one, come from the rest
             steps = min(steps, max(self.num_steps - 2, 0))
         self._lane_steps = steps
-        self._tail_offsets = np.concatenate([[0], np.cumsum(lane_rows - steps * rows)])
+        self._left = lane_rows - steps * rows  # [L]
 
     def _tail_range(self, step: int) -> tuple[int, int]:
-        """The positions of a step in the rest of the lanes."""
-        total = int(self._tail_offsets[-1])
+        """The positions of a step in the rest."""
+        total = int(self._left.sum())
         start = (step - self._lane_steps) * self._batch
         if self.num_samples % self._batch == 0 or step < self.num_steps - 2:
             return start, start + self._batch
@@ -167,10 +168,28 @@ class EpochOrder:
         middle = last_two + (total - last_two + 1) // 2
         return (last_two, middle) if step == self.num_steps - 2 else (middle, total)
 
-    def _tail_rows(self, positions: Ids) -> Ids:
-        lanes = np.searchsorted(self._tail_offsets, positions, side="right") - 1
-        start = self._lane_steps * (self._batch // self._lanes)
-        return self._ids(lanes, positions - self._tail_offsets[lanes] + start)
+    def _tail_rows(self, step: int, places: Ids) -> Ids:
+        """The samples at the given places of a batch that takes unequally many rows of the lanes."""
+        start, end = (self._taken(position) for position in self._tail_range(step))
+        lane_places = np.concatenate([[0], np.cumsum(end - start)])
+        lanes = np.searchsorted(lane_places, places, side="right") - 1
+        rows = self._lane_steps * (self._batch // self._lanes) + start[lanes] + places - lane_places[lanes]
+        return self._ids(lanes, rows)
+
+    def _taken(self, position: int) -> Ids:
+        """How many of each lane's rows that are left stand before a position of the rest, int64 [L].
+
+        A lane's i-th row has its turn at the time i / (rows left in the lane); rows of one turn go by lane.
+        """
+        low, high = 0, _TURNS
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int((self._left * middle // _TURNS).sum()) <= position
+            low, high = (middle, high) if fits else (low, middle - 1)
+        taken: Ids = self._left * low // _TURNS
+        next_turn = self._left * (low + 1) // _TURNS > taken
+        taken += next_turn & (np.cumsum(next_turn) <= position - taken.sum())
+        return taken
 
     def _rows_before(self, lanes: Ids, chunks: Ids) -> Ids:
         """Rows of a lane before its chunk of that number, int64 [n]."""

@@ -26,6 +26,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cores_of_rank() -> int:
+    """The cores that this process may use, divided among the ranks of this host."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def share(total: int, of_rank: int, of_world: int) -> tuple[int, int]:
     """The half-open range of ``total`` things that one rank owns; ranges tile the whole, uneven where they must be."""
     return total * of_rank // of_world, total * (of_rank + 1) // of_world

@@ -38,7 +38,8 @@ def centre_crop(data: bytes, *, resize_px: int, crop_px: int) -> Tensor:
     """Decode, resize the shorter side, cut the centre (appendix A.5): uint8 [3, crop_px, crop_px]."""
     image = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
     resized = TF.resize(image, [resize_px], antialias=True)
-    return TF.center_crop(resized, [crop_px, crop_px])
+    cropped: Tensor = TF.center_crop(resized, [crop_px, crop_px])
+    return cropped
 
 
 @torch.no_grad()

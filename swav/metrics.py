@@ -181,8 +181,8 @@ class Report:
         if quarantined > budget:
             raise RuntimeError(
                 f"{quarantined} of {self._num_samples} images are broken, more than the {budget} that "
-                "data.max_quarantined_fraction admits; mend the data (the run's quarantine folder names each image), or "
-                "raise the fraction"
+                "data.max_quarantined_fraction admits; mend the data (the run's quarantine folder names each image), "
+                "or raise the fraction"
             )
 
     def knn(self, step: int, accuracies: dict[str, float]) -> None:

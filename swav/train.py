@@ -1,10 +1,10 @@
 """The training loop: read it top to bottom and you have followed a batch from shard to optimiser step."""
 
 import contextlib
-import os
+import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -16,16 +16,16 @@ from swav import checkpoint
 from swav.checkpoint import CheckpointWriter
 from swav.config import PretrainConfig, differing_keys, from_json, to_json
 from swav.data.augment import Augment
-from swav.data.batch import CropBatch, RawBatch
+from swav.data.batch import CropBatch
 from swav.data.index import DatasetIndex
-from swav.data.loader import Loader
-from swav.data.order import EpochOrder
+from swav.data.loader import Loader, Quarantined
+from swav.data.order import EpochOrder, substitutes
 from swav.data.reader import ShardReader
-from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, rank, world_size
+from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, cores_of_rank, rank, world_size
 from swav.features import evaluate_backbone
 from swav.methods import build_method
 from swav.methods.base import Method, MethodOutput
-from swav.metrics import Report
+from swav.metrics import Report, quarantine_budget
 from swav.models.batchnorm import synchronize
 from swav.optim.lars import LARS, parameter_groups
 from swav.optim.schedule import warmup_cosine
@@ -115,7 +115,7 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
 def evaluate(network: nn.Module, config: PretrainConfig, device: torch.device) -> dict[str, float]:
     """k-NN accuracies of a network as the run's own evaluation has it."""
     assert config.evaluate is not None
-    num_threads = config.runtime.loader_threads or default_threads()
+    num_threads = config.runtime.loader_threads or cores_of_rank()
     return evaluate_backbone(network, config.evaluate, device=device, num_threads=num_threads)
 
 
@@ -140,8 +140,10 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
     """The untrained state, ready for this world and device."""
     method = build_method(config)
     if config.runtime.sync_batch_norm:
-        synchronize(method, group_size=config.runtime.sync_batch_norm_group)
-    method.to(device, memory_format=torch.channels_last if config.runtime.channels_last else torch.preserve_format)
+        synchronize(method, device, group_size=config.runtime.sync_batch_norm_group)
+    method.to(device)
+    if config.runtime.channels_last:
+        method.to(memory_format=torch.channels_last)
     if config.runtime.compile:
         method.backbone.compile()
     model: nn.Module = method
@@ -178,23 +180,26 @@ def epoch_order(config: PretrainConfig, index: DatasetIndex, epoch: int) -> Epoc
 
 @contextlib.contextmanager
 def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, device: torch.device) -> Iterator[Loader]:
-    """The loader of this rank's shares; broken images are recorded below ``output``."""
+    """The loader of this rank's shares; each broken image gets a file below ``output``."""
+
+    def record(broken: Quarantined) -> None:
+        name = f"epoch-{broken.epoch:04d}/{broken.sample_id:012d}.json"
+        write_atomic(output / "quarantine" / name, (json.dumps(asdict(broken), indent=2) + "\n").encode())
+
     with ShardReader(index) as reader:
         yield Loader(
             reader,
             lambda epoch: epoch_order(config, index, epoch),
             config.crops,
+            substitutes=lambda sample_id: substitutes(index.row_offsets, sample_id),
             seed=config.seed,
-            num_threads=config.runtime.loader_threads or default_threads(),
+            num_threads=config.runtime.loader_threads or cores_of_rank(),
             rank=rank(),
             world_size=world_size(),
             pin_memory=device.type == "cuda",
+            max_quarantined=quarantine_budget(index.num_samples, config.data.max_quarantined_fraction),
+            on_quarantine=record,
         )
-
-
-def default_threads() -> int:
-    """The cores that this process may use, divided among the ranks of this host."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def enter_run_folder(config: PretrainConfig, output: Path) -> None:
@@ -270,7 +275,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     def request(signum: int, _frame: FrameType | None) -> None:
         flag.is_set = True
-        signal.signal(signum, previous[signum])
+        signal.signal(signum, previous[signal.Signals(signum)])
 
     previous = {signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

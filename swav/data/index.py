@@ -293,6 +293,8 @@ def _subset(index: DatasetIndex, url: str) -> DatasetIndex:
 @lru_cache(maxsize=_OPEN_TABLES)
 def _load_rows(folder: Path, shard: Shard) -> NDArray[np.void]:
     path, remedy = _table_path(folder, shard.name), _remedy(folder / "index.json")
+    if shard.rows == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=ROW_DTYPE)
     try:
         rows: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

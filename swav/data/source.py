@@ -1,25 +1,57 @@
 """What a user may name as data: shards, a folder of images, or the embedded demo."""
 
-import hashlib
 import logging
-import os
-from pathlib import Path
 
-from swav.data.demo import DEMO_SPLITS, write_demo_shards
+from swav import storage
+from swav.data.demo import DEMO_VERSION, write_demo_shards
+from swav.data.image_source import find_images
 from swav.data.index import DatasetIndex, open_index
 from swav.data.write_shards import write_shards
-from swav.storage import cache_folder, locked
 
 _logger = logging.getLogger(__name__)
 
 
 def open_dataset(url: str) -> DatasetIndex:
-    """Open the data set at ``url``; the first process on a host prepares it, others wait.
+    """Open the data set at ``url``. The first process on a host prepares it, others wait.
 
     Args:
-        url: a folder of webdataset tars; a folder of images, flat or with a subfolder per class, which is first written
-            as shards into the cache; or ``demo/train`` or ``demo/test``, made on the spot.
+        url: shards, as :func:`swav.data.index.open_index` takes them; a folder of images, flat or with a subfolder per
+            class, or a .csv or .jsonl list of them, which is written as shards into the cache first; or ``demo/train``
+            or ``demo/test``, which are made on the spot. A folder of that name is ``./demo/train``.
 
     Raises:
         ValueError: there is nothing of the kind at ``url``.
+        RuntimeError: a shard is damaged.
     """
+    if url in ("demo/train", "demo/test"):
+        return open_index(_demo_shards(url.removeprefix("demo/")))
+    path = storage.local_path(url)
+    if path.suffix in (".csv", ".jsonl") or (path.is_dir() and not storage.list_tars(url) and not _has_index(url)):
+        return _shards_of_images(url)
+    return open_index(url)
+
+
+def has_labels(index: DatasetIndex) -> bool:
+    """Whether the first sample has a label; a data set has them all or none."""
+    return bool(index.rows(0)[0]["cls_offset"])
+
+
+def _has_index(url: str) -> bool:
+    return (storage.local_path(url) / "index.json").exists()
+
+
+def _demo_shards(split: str) -> str:
+    folder = storage.cache_folder() / f"demo-{DEMO_VERSION}"
+    with storage.locked(folder.with_suffix(".lock")):
+        if not folder.exists():
+            write_demo_shards(folder)
+    return str(folder / split)
+
+
+def _shards_of_images(url: str) -> DatasetIndex:
+    digest = find_images(url).digest()
+    folder = storage.cache_folder() / "shards" / digest[:32]
+    with storage.locked(folder.with_suffix(".lock")):
+        if not (folder / "index.json").exists():
+            _logger.info("writing the images of %s as shards into %s", url, folder)
+        return write_shards(url, str(folder))

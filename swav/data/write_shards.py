@@ -91,7 +91,7 @@ def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
     if not (folder / "index.json").exists():
         return False
     found = open_index(str(folder)).written_from
-    if found == record:
+    if found is not None and {**found, "source": None} == {**record, "source": None}:  # the source may have moved
         return True
     what = "shards that this program did not write" if found is None else f"shards of {found.get('source')}"
     if found is not None and found.get("source") == record["source"]:

@@ -91,7 +91,8 @@ def synchronize(module: nn.Module, device: torch.device, *, group_size: int = 0)
         group, _ = dist.new_subgroups(group_size)
     if device.type == "cpu":
         return _replace(module, group)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    return converted
 
 
 def _replace(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:

@@ -44,7 +44,7 @@ def configure(name: str, *, data: str | None = None, overrides: Iterable[str] = 
     run = get_recipe(name)
     if data:
         if run.evaluate and run.evaluate.train_url == run.data.url:
-            run = replace(run, evaluate=replace(run.evaluate, train_url=data))
+            run = replace(run, evaluate=replace(run.evaluate, train_url=data, test_url=None))
         run = replace(run, data=replace(run.data, url=data))
     run = apply_overrides(run, list(overrides))
     if not run.data.url or (run.evaluate and not run.evaluate.train_url):

@@ -30,11 +30,11 @@ def demo() -> PretrainConfig:
         name="demo",
         method=SwavConfig(num_prototypes=128),
         model=ModelConfig(arch="resnet18", width=0.5, stem="3x3", head_hidden=256),
-        data=DataConfig(url="demo", lanes=64),
+        data=DataConfig(url="demo/train", lanes=64),
         crops=_CROPS,
         augment=_AUGMENT,
         optim=OptimConfig(global_batch=256, epochs=10, warmup_epochs=1, base_lr=0.6, final_lr=0.0006),
-        evaluate=EvaluateConfig(train_url="demo", resize_px=32, crop_px=32, baselines=True),
+        evaluate=EvaluateConfig(train_url="demo/train", test_url="demo/test", resize_px=32, crop_px=32, baselines=True),
         runtime=RuntimeConfig(precision="fp32"),
     )
 

@@ -132,6 +132,7 @@ def test_keys_without_an_image_are_counted_and_said(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         index = open_index(str(tmp_path / "data"))
     assert index.rows_per_shard.tolist() == [1, 0]
+    assert [len(index.rows(0)), len(index.rows(1))] == [1, 0]
     assert "2 keys have no image and are passed over; 1 samples remain" in caplog.text
 
 

@@ -106,6 +106,9 @@ def test_a_finished_folder_is_recognised(images: Path, tmp_path: Path, monkeypat
     first = write_shards(str(images), str(tmp_path / "out"))
     monkeypatch.setattr(FileSource, "load", lambda *_: pytest.fail("written twice"))
     assert write_shards(str(images), str(tmp_path / "out")) == first
+    moved = images.rename(tmp_path / "moved")
+    assert write_shards(str(moved), str(tmp_path / "out")) == first
+    moved.rename(images)
     with pytest.raises(ValueError, match="shards of this source, but the options have changed since"):
         write_shards(str(images), str(tmp_path / "out"), samples_per_shard=3)
     (images / "class-0" / "new.jpg").write_bytes(b"new")

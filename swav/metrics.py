@@ -130,7 +130,6 @@ class Report:
         self.check_finite()
         self._pending = (step, metrics["loss"])
         self._images += num_images
-        self._bar.update(num_images)
         if step % self._config.runtime.log_every_steps == 0:
             self.check_finite()
             seconds = time.monotonic() - self._since
@@ -144,8 +143,9 @@ class Report:
                 data_wait_fraction=self._waited_seconds / seconds,
                 **_device_memory(metrics["loss"].device),
             )
-            self._bar.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", lr=f"{lr:.3g}")
+            self._bar.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", lr=f"{lr:.3g}", refresh=False)
             self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+        self._bar.update(num_images)
 
     def check_finite(self) -> None:
         """Stop on a loss that is not finite.

@@ -232,7 +232,7 @@ def snapshot(state: TrainState, config: PretrainConfig, index: DatasetIndex) -> 
         "counts": all_reduce_sum(state.counts.clone()),
         "config": to_json(config),
         "data_identity": index.identity,
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),
     }
 
 

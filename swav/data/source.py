@@ -33,7 +33,8 @@ def open_dataset(url: str) -> DatasetIndex:
 
 def has_labels(index: DatasetIndex) -> bool:
     """Whether the first sample has a label; a data set has them all or none."""
-    return bool(index.rows(0)[0]["cls_offset"])
+    shard, row = index.locate_one(0)
+    return bool(index.rows(shard)[row]["cls_offset"])
 
 
 def _has_index(url: str) -> bool:

@@ -69,7 +69,7 @@ def test_a_group_that_does_not_divide_the_world_is_refused() -> None:
     assert "does not divide the world of 2 ranks" in run_ranks(2, group_of_three)[0]
 
 
-def names_after_synchronize() -> list[str]:
+def names_after_synchronize() -> list[bool]:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     before = list(module.state_dict())
     synchronize(module, CPU)

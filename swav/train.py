@@ -1,12 +1,14 @@
 """The training loop: read it top to bottom and you have followed a batch from shard to optimiser step."""
 
 import contextlib
+import inspect
 import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,11 @@ from swav.optim.schedule import warmup_cosine
 from swav.storage import write_atomic
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Do not copy rank 0's buffers before each forward pass: batch norm and queue are equal on every rank by construction.
+_DDP_SETTINGS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {  # torch 2.14 has renamed it
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_SETTINGS else "broadcast_buffers": False
+}
 
 
 class Stopped(Exception):  # noqa: N818  (a request that was met, not an error)
@@ -151,8 +158,8 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
         model = DistributedDataParallel(
             method,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch norm and queue are equal on every rank by construction
             gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
         )
     optimizer = LARS(
         parameter_groups(method, exclude_bias_and_norm=config.optim.exclude_bias_and_norm),

@@ -29,7 +29,7 @@ def photographs(num: int) -> list[bytes]:
     shards = sorted((shared / "data" / "photos500").glob("*.tar"))
     if not shards:
         pytest.skip(f"no photographs under {shared}/data/photos500; set SWAV_SHARED")
-    photos = []
+    photos: list[bytes] = []
     with tarfile.open(shards[0]) as shard:
         for member in shard:
             stream = shard.extractfile(member)
@@ -120,7 +120,7 @@ def test_crops_are_pils_to_a_grey_level() -> None:
         assert [slot.data_ptr() for slot in slots] == before
         for (top, left, height, width), slot in zip(boxes.tolist(), slots, strict=True):
             crop = Image.fromarray(image).crop((left, top, left + width, top + height))
-            pil = np.asarray(crop.resize(tuple(slot.shape[2:]), Image.Resampling.BILINEAR)).astype(int)
+            pil = np.asarray(crop.resize((slot.shape[2], slot.shape[3]), Image.Resampling.BILINEAR)).astype(int)
             difference = np.abs(slot[0].permute(1, 2, 0).numpy() - pil)
             differences += np.bincount(difference.ravel(), minlength=256)
     assert differences[0] > 0.94 * differences.sum()

@@ -69,7 +69,7 @@ def test_every_sample_once_at_the_edges(rows: list[int]) -> None:
 
 
 def _gathered(order: EpochOrder, step: int, world_size: int) -> Ids:
-    parts = []
+    parts: list[Ids] = []
     for rank in range(world_size):
         ids, offset = order.rank_batch(step, rank, world_size)
         assert offset == sum(len(part) for part in parts)

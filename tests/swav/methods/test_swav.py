@@ -35,8 +35,9 @@ class Flat(nn.Module):
 
 def small_swav(config: SwavConfig, *, real_network: bool = False) -> SwAV:
     torch.manual_seed(5)
-    backbone = ResNet("resnet18", width=0.125, stem="3x3") if real_network else Flat()
-    features = backbone.num_features if real_network else 12
+    network = ResNet("resnet18", width=0.125, stem="3x3")
+    backbone: nn.Module = network if real_network else Flat()
+    features = network.num_features if real_network else 12
     head = ProjectionHead(features, 16, 8, batch_norm=real_network)
     return SwAV(backbone, head, config, num_assign_crops=2, dim=8)
 
@@ -72,7 +73,9 @@ def test_loss_equals_the_double_loop(num_small: int) -> None:
     assert float(loss) == pytest.approx(expected, abs=2e-6)
 
 
-def oracle_loss_and_gradients(method: SwAV, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def oracle_loss_and_gradients(
+    method: SwAV, crops: list[Tensor], queue: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
     """The same network in float64, codes from the pseudo-code, loss by sums over pairs."""
     twin = small_swav(method.config)
     twin.load_state_dict(method.state_dict())

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from swav_testing.ranks import run_ranks
@@ -19,11 +21,11 @@ def share_of_images() -> slice:
 
 
 def normalize_and_differentiate() -> dict[str, torch.Tensor]:
-    norm = nn.BatchNorm2d(4)
+    plain = nn.BatchNorm2d(4)
     with torch.no_grad():
-        norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
-    norm = synchronize(norm, CPU)
-    mine = images()[share_of_images()].requires_grad_()
+        plain.weight.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
+    norm: Any = synchronize(plain, CPU)
+    mine: Any = images()[share_of_images()].requires_grad_()
     output = norm(mine)
     (output * torch.sin(torch.arange(9.0))[share_of_images(), None, None, None]).sum().backward()
     return {
@@ -49,7 +51,7 @@ def test_ranks_with_uneven_shares_equal_one_process(world: int) -> None:
 
 
 def means_in_pairs() -> torch.Tensor:
-    norm = synchronize(nn.BatchNorm1d(1), CPU, group_size=2)
+    norm: Any = synchronize(nn.BatchNorm1d(1), CPU, group_size=2)
     norm(torch.tensor([[float(rank())], [float(rank())]]))
     return norm.running_mean / 0.1
 

@@ -9,7 +9,8 @@ import hashlib
 import io
 import json
 import logging
-import threading
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from swav.storage import write_atomic
 
 FORMAT = "swav.checkpoint/1"
 _MAX_FAILURES = 3
+_NAME = re.compile(r"\.?step-(?P<step>[0-9]{9,})\.(json|pt)(?P<partial>\.[0-9a-f]+\.partial)?")
 
 _logger = logging.getLogger(__name__)
 
@@ -31,14 +33,15 @@ class CheckpointWriter:
         """Prepare.
 
         Args:
-            folder: where checkpoints lie.
+            folder: where checkpoints lie; nobody else writes there.
             keep: how many of the newest to keep.
             enabled: whether to write at all: one rank does for all.
         """
         self._folder = folder
         self._enabled = enabled
         self._keep = keep
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write_under_way: Future[None] | None = None
         self._failures = 0
         self._failure: OSError | None = None
 
@@ -51,14 +54,18 @@ class CheckpointWriter:
         Raises:
             RuntimeError: three writes in a row failed.
         """
-        self._wait()
+        self.wait()
         if not self._enabled:
             return
         if self._failures >= _MAX_FAILURES:
             self._give_up()
-        snapshot = _to_host(state)
-        self._thread = threading.Thread(target=self._write, args=(step, snapshot), name="checkpoint")
-        self._thread.start()
+        self._write_under_way = self._pool.submit(self._write, step, _to_host(state))
+
+    def wait(self) -> None:
+        """Wait until the last write has ended, well or badly."""
+        if self._write_under_way is not None:
+            under_way, self._write_under_way = self._write_under_way, None
+            under_way.result()
 
     def __enter__(self) -> Self:
         return self
@@ -69,14 +76,12 @@ class CheckpointWriter:
         Raises:
             RuntimeError: it failed.
         """
-        self._wait()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
         if self._failure is not None:
             self._give_up()
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
 
     def _give_up(self) -> None:
         raise RuntimeError(
@@ -93,6 +98,7 @@ class CheckpointWriter:
         try:
             write_atomic(self._folder / f"{name}.pt", data)
             write_atomic(self._folder / f"{name}.json", json.dumps(manifest, indent=2).encode())
+            self._remove_all_but(step)
         except OSError as error:
             self._failures += 1
             self._failure = error
@@ -103,14 +109,20 @@ class CheckpointWriter:
             )
             return
         self._failures, self._failure = 0, None
-        for old in checkpoint_steps(self._folder)[self._keep :]:
-            (self._folder / f"step-{old:09d}.json").unlink(missing_ok=True)
-            (self._folder / f"step-{old:09d}.pt").unlink(missing_ok=True)
+
+    def _remove_all_but(self, newest: int) -> None:
+        """Remove old checkpoints, broken ones that the run was resumed before, and what killed writers left."""
+        kept = [step for step in checkpoint_steps(self._folder) if step <= newest][: self._keep]
+        for path in sorted(self._folder.iterdir()):  # a manifest goes before its file
+            found = _NAME.fullmatch(path.name)
+            if found and (found["partial"] or int(found["step"]) not in kept):
+                path.unlink(missing_ok=True)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps that have a manifest, the newest first."""
-    return sorted((int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.json")), reverse=True)
+    found = [_NAME.fullmatch(path.name) for path in folder.glob("step-*.json")]
+    return sorted((int(match["step"]) for match in found if match), reverse=True)
 
 
 def latest_step(folder: Path) -> int | None:
@@ -143,14 +155,21 @@ def _problem(folder: Path, step: int) -> str | None:
     try:
         manifest = json.loads((folder / f"step-{step:09d}.json").read_text())
         expected = (manifest["format"], manifest["bytes"], manifest["sha256"])
-    except (ValueError, KeyError) as error:
-        return f"its manifest cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest cannot be read ({error!r})"
     path = folder / f"step-{step:09d}.pt"
-    if not path.is_file():
-        return "its file is missing"
-    with path.open("rb") as file:
-        found = (FORMAT, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    return None if found == expected else f"its file is {found}, the manifest says {expected}"
+    try:
+        with path.open("rb") as file:
+            found = (FORMAT, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        return f"its file cannot be read ({error!r})"
+    what = ("format", "size in bytes", "SHA-256")
+    problems = [
+        f"{name} {is_}, and its manifest says {was}"
+        for name, is_, was in zip(what, found, expected, strict=True)
+        if is_ != was
+    ]
+    return f"its file has the {problems[0]}" if problems else None
 
 
 def _to_host(value: Any) -> Any:

@@ -142,6 +142,18 @@ class EvaluateConfig:
     crop_px: int = 224
     baselines: bool = False  # also raw pixels and the untrained backbone
 
+    def __post_init__(self) -> None:
+        if not self.num_neighbors or min(self.num_neighbors) < 1 or self.temperature <= 0:
+            raise ValueError(
+                "k-NN needs numbers of neighbours of at least 1 and a temperature above 0, got "
+                f"{list(self.num_neighbors)} and {self.temperature}"
+            )
+        if not 1 <= self.crop_px <= self.resize_px:
+            raise ValueError(
+                f"an evaluation cuts crop_px={self.crop_px} out of images resized to resize_px={self.resize_px}; "
+                "crop_px must be from 1 to resize_px"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
 class RuntimeConfig:

@@ -4,7 +4,7 @@ Every function works without a process group, where the world is one rank.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -110,6 +110,13 @@ def gather_rows(local: Tensor, *, dim: int, offset: int, total: int) -> Tensor:
     whole = local.new_zeros(shape)
     whole.narrow(dim, offset, local.shape[dim]).copy_(local.detach())
     return all_reduce_sum(whole)
+
+
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values that rank 0 has, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:

@@ -15,7 +15,7 @@ from swav.data.decode import decode_image
 from swav.data.index import DatasetIndex
 from swav.data.reader import ShardReader
 from swav.data.source import open_dataset
-from swav.distributed import all_reduce_sum, gather_rows, rank, share, world_size
+from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, share, world_size
 from swav.ops.knn import knn_predict
 
 _BATCH = 256
@@ -65,11 +65,12 @@ def extract_features(
     values, labels, num_broken = [], [], 0
     for images, batch_labels, broken in _batches(index, first, last, config, num_threads):
         num_broken += broken
-        normalized = (images.to(device).float() / 255 - mean) / std
-        values.append(F.normalize(network(normalized).float(), dim=1))
-        labels.append(batch_labels.to(device))
+        if len(images):
+            normalized = (images.to(device).float() / 255 - mean) / std
+            values.append(F.normalize(network(normalized).float(), dim=1))
+            labels.append(batch_labels.to(device))
     network.train(was_training)
-    return _with_place(torch.cat(values), torch.cat(labels), num_broken)
+    return _with_place(values, labels, num_broken, device)
 
 
 def _mean_and_std() -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -87,6 +88,8 @@ def _batches(
             label = reader.label(sample_id)
             if label is None:
                 raise ValueError(f"{reader.name(sample_id)} has no label (.cls); k-NN needs labelled images")
+            if label < 0:
+                raise ValueError(f"{reader.name(sample_id)} has the label {label}; number the classes from 0")
             try:
                 return centre_crop(reader.image(sample_id), resize_px=config.resize_px, crop_px=config.crop_px), label
             except ValueError as error:
@@ -101,20 +104,26 @@ def _batches(
             loaded = [future.result() for future in pending]
             pending = submit(start + _BATCH)
             good = [pair for pair in loaded if pair is not None]
-            if good:
-                images = torch.stack([image for image, _ in good])
-                yield images, torch.tensor([label for _, label in good]), len(loaded) - len(good)
+            images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+            yield images, torch.tensor([label for _, label in good]), len(loaded) - len(good)
 
 
-def _with_place(values: Tensor, labels: Tensor, num_broken: int) -> Features:
-    """Number the rows over all ranks; broken images have left gaps."""
+def _with_place(values: list[Tensor], labels: list[Tensor], num_broken: int, device: torch.device) -> Features:
+    """Number the rows over all ranks; broken images have left gaps, and a rank may have none.
+
+    Raises:
+        ValueError: no rank has any.
+    """
+    dim = int(all_reduce_max(torch.tensor(values[0].shape[1] if values else 0)))
     counts = torch.zeros(world_size() + 1, dtype=torch.int64)
-    counts[rank()] = len(values)
+    counts[rank()] = sum(len(part) for part in values)
     counts[-1] = num_broken
     all_reduce_sum(counts)
+    if not counts[:-1].any():
+        raise ValueError(f"none of the {num_broken} images to evaluate on can be decoded; mend or replace them")
     return Features(
-        values=values,
-        labels=labels,
+        values=torch.cat([torch.empty(0, dim, device=device), *values]),
+        labels=torch.cat([torch.empty(0, dtype=torch.int64, device=device), *labels]),
         offset=int(counts[: rank()].sum()),
         total=int(counts[:-1].sum()),
         num_broken=int(counts[-1]),

@@ -27,30 +27,48 @@ T = TypeVar("T")
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line; units stand in the keys.
 
-    A resumed run first drops the lines after its checkpoint, so every step stands there once.
+    A resumed run first drops the lines after its checkpoint, so every step stands there once. Lines that a full disk
+    does not take wait for the next one.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if _is_before(line, resume_step)]
-            write_atomic(path, "".join(lines).encode())
-        self._file = path.open("a", buffering=1)
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if _is_before(line, resume_step)]
+            write_atomic(path, b"".join(lines))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        failed_before = bool(self._waiting)
+        self._waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not failed_before:
+                _logger.error(
+                    "%s cannot be written (%s); training goes on, and its lines wait for free space", self._path, error
+                )
 
     def close(self) -> None:
         """Close the file."""
+        if self._waiting:
+            _logger.error("%s lacks its last %d lines", self._path, self._waiting.count(b"\n"))
         self._file.close()
 
 
-def _is_before(line: str, resume_step: int) -> bool:
-    """Whether a line belongs to what the checkpoint has; a torn last line does not."""
-    try:
-        return bool(json.loads(line)["step"] <= resume_step)
-    except json.JSONDecodeError:
+def _is_before(line: bytes, resume_step: int) -> bool:
+    """Whether a line belongs to what the checkpoint has, which was taken before its epoch's end was noted."""
+    if not line.endswith(b"\n"):  # torn
         return False
+    try:
+        values = json.loads(line)
+        step, at_end = values["step"], values.get("event") in ("epoch", "knn")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(step < resume_step or (step == resume_step and not at_end))
 
 
 class Report:

@@ -19,7 +19,7 @@ from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.recipes import configure
 from swav.storage import write_atomic
-from swav.train import Stopped, evaluate, train
+from swav.train import Stopped, enter_run_folder, evaluate, train
 
 EXIT_REFUSED = 64  # the command is wrong: another try will not help
 EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
@@ -44,6 +44,7 @@ def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]
     with process_group(device):
         sizes = image_sizes(config.evaluate)
         config = check_evaluation(config)
+        enter_run_folder(config, index, output)
         result: dict[str, dict[str, float]] = {}
         if config.evaluate is not None and config.evaluate.baselines:
             result["raw pixels"] = evaluate(nn.Flatten(), config, device)
@@ -61,7 +62,7 @@ def check_evaluation(config: PretrainConfig) -> PretrainConfig:
     """Find out before training whether the evaluation after it can be done; without labels, drop it and say so.
 
     Raises:
-        ValueError: the evaluation asks for more neighbours than there are images.
+        ValueError: the evaluation asks for more neighbours than there are images, or for unlabelled test images.
     """
     if config.evaluate is None:
         return config
@@ -73,6 +74,11 @@ def check_evaluation(config: PretrainConfig) -> PretrainConfig:
                 config.evaluate.train_url,
             )
         return replace(config, evaluate=None)
+    if config.evaluate.test_url is not None and not has_labels(open_dataset(config.evaluate.test_url)):
+        raise ValueError(
+            f"evaluate.test_url={config.evaluate.test_url} has no labels; give labelled images, or "
+            "evaluate.test_url=null to classify each of evaluate.train_url by the others"
+        )
     largest, available = max(config.evaluate.num_neighbors), num_voters(voters, config)
     if largest > available:
         raise ValueError(

@@ -23,7 +23,16 @@ from swav.data.index import DatasetIndex
 from swav.data.loader import Loader, Quarantined
 from swav.data.order import EpochOrder, substitutes
 from swav.data.reader import ShardReader
-from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, cores_of_rank, rank, world_size
+from swav.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    barrier,
+    copy_from_first_rank,
+    cores_of_rank,
+    rank,
+    world_size,
+)
 from swav.features import evaluate_backbone
 from swav.methods import build_method
 from swav.methods.base import Method, MethodOutput
@@ -64,21 +73,20 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
     Args:
         config: the run.
         index: the images.
-        output: the run's folder, the same on every rank.
+        output: the run's folder, the same on every rank; see :func:`enter_run_folder`.
         device: where this rank computes.
 
     Returns:
         The trained method.
 
     Raises:
-        ValueError: ``output`` holds another run, or the world does not fit the batch.
+        ValueError: the checkpoint in ``output`` is of other data, or the world does not fit.
         Stopped: SIGTERM or SIGINT arrived; the state is saved.
         RuntimeError: the loss is no longer finite, too many images are broken, or checkpoints cannot be written.
     """
     steps_per_epoch = epoch_order(config, index, 0).num_steps
     num_steps = steps_per_epoch * config.optim.epochs
     warmup_steps = round(steps_per_epoch * config.optim.warmup_epochs)
-    enter_run_folder(config, output)
     state = build_state(config, device)
     restore(state, index, output / "checkpoints")
     augment = Augment(config.augment, seed=config.seed, device=device, channels_last=config.runtime.channels_last)
@@ -91,9 +99,9 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
         writer = stack.enter_context(
             CheckpointWriter(output / "checkpoints", keep=config.runtime.keep_checkpoints, enabled=rank() == 0)
         )
-        while state.step < num_steps:
-            epoch, first_step = divmod(state.step, steps_per_epoch)
-            for raw in report.timed(loader.epoch(epoch, first_step)):
+        # A checkpoint at an epoch's end is older than its books: the rest of that epoch is empty, and they are closed.
+        for epoch in range(max(state.step - 1, 0) // steps_per_epoch, config.optim.epochs):
+            for raw in report.timed(loader.epoch(epoch, state.step - epoch * steps_per_epoch)):
                 lr = warmup_cosine(
                     state.step,
                     num_steps=num_steps,
@@ -111,6 +119,8 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
                     report.check_finite()
                     writer.save(state.step, snapshot(state, config, index))
                 if stopping:
+                    writer.wait()
+                    barrier()  # a launcher that sees one rank end may kill the one that writes
                     raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
             report.epoch(state.step, epoch, all_reduce_sum(state.counts.clone()))
             state.counts.zero_()
@@ -122,6 +132,7 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
 def evaluate(network: nn.Module, config: PretrainConfig, device: torch.device) -> dict[str, float]:
     """k-NN accuracies of a network as the run's own evaluation has it."""
     assert config.evaluate is not None
+    copy_from_first_rank(network.buffers())  # batch norm may have had statistics of some ranks only
     num_threads = config.runtime.loader_threads or cores_of_rank()
     return evaluate_backbone(network, config.evaluate, device=device, num_threads=num_threads)
 
@@ -209,12 +220,13 @@ def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, devic
         )
 
 
-def enter_run_folder(config: PretrainConfig, output: Path) -> None:
+def enter_run_folder(config: PretrainConfig, index: DatasetIndex, output: Path) -> None:
     """Record the run in its folder, or make sure that the folder holds this very run.
 
     Raises:
-        ValueError: it holds another one.
+        ValueError: it holds another one, or the run has too few lanes or images for this many ranks.
     """
+    epoch_order(config, index, 0).check_world(world_size())
     path = output / "config.json"
     barrier()
     if path.exists():

@@ -1,6 +1,7 @@
 """A trained backbone as one file that says how to build its network."""
 
 import io
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,11 +44,20 @@ def load_backbone(path: Path) -> BackboneFile:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["format"]
-    except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a backbone that swav wrote ({error})") from error
+    except (LookupError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a backbone that swav wrote ({_first_line(error)})") from error
     if found != FORMAT:
         raise ValueError(f"{path} has the format {found!r}, this version reads {FORMAT!r}")
-    model = ModelConfig(**saved["model"])
-    backbone = ResNet(model.arch, width=model.width, stem=model.stem)
-    backbone.load_state_dict(saved["state_dict"])
-    return BackboneFile(backbone, resize_px=saved["resize_px"], crop_px=saved["crop_px"])
+    try:
+        model = ModelConfig(**saved["model"])
+        backbone = ResNet(model.arch, width=model.width, stem=model.stem)
+        backbone.load_state_dict(saved["state_dict"])
+        return BackboneFile(backbone, resize_px=saved["resize_px"], crop_px=saved["crop_px"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold what its format says: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The gist of an error of torch, which may go on for a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"

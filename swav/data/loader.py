@@ -64,6 +64,14 @@ class Quarantined:
     reason: str
 
 
+class _NoSubstituteError(Exception):
+    """No sound image was found in the place of a broken one, as far as it was looked for."""
+
+    def __init__(self, broken: list[Quarantined]) -> None:
+        super().__init__()
+        self.broken = broken
+
+
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A batch in the making; each task gives the broken samples that it met."""
@@ -115,8 +123,8 @@ class Loader:
 
         Raises:
             ValueError: the epoch has fewer than ``start_step`` steps.
-            RuntimeError: while iterating: reading failed, a sample has no sound substitute, or more than
-                ``max_quarantined`` samples are broken.
+            RuntimeError: while iterating: reading failed, no sample at all is sound, or more than ``max_quarantined``
+                samples are broken.
         """
         order = self.order_of_epoch(epoch)
         if not 0 <= start_step <= order.num_steps:
@@ -137,7 +145,7 @@ class Loader:
                     return
                 first = pending.popleft()
                 for task in first.tasks:
-                    self._quarantine(task.result(), quarantined)
+                    self._take(task, quarantined)
                 yield first.batch
                 del first  # before the next ones are allocated
         finally:
@@ -174,34 +182,48 @@ class Loader:
         for place in places:
             if stop.is_set():
                 break
-            image, met = self._decode(batch, int(batch.ids[place]))
-            broken += met
-            batch.substituted[place] = bool(met)
+            before = len(broken)
+            image = self._decode(batch, int(batch.ids[place]), broken)
+            batch.substituted[place] = len(broken) > before
             boxes = crop_boxes(draws[place], self.crops, *image.shape[:2])
             slots = [crop[place : place + 1] for group in batch.crops for crop in group.unbind()]
             cut_crops(image, boxes, slots)
         return broken
 
-    def _decode(self, batch: RawBatch, wanted: int) -> tuple[NDArray[np.uint8], list[Quarantined]]:
-        """The pixels of a sample or of its first sound substitute, and the broken samples on the way there."""
-        broken: list[Quarantined] = []
-        for sample_id in _chain(wanted, self.substitutes):
+    def _decode(self, batch: RawBatch, wanted: int, broken: list[Quarantined]) -> NDArray[np.uint8]:
+        """The pixels of a sample or of its first sound substitute; adds the broken samples on the way there.
+
+        Raises:
+            _NoSubstituteError: no sample is sound, or more are broken than are admitted.
+        """
+        for tried, sample_id in enumerate(_chain(wanted, self.substitutes)):
+            if self.max_quarantined is not None and tried > self.max_quarantined:
+                break
             try:
-                return decode_image(self.reader.image(sample_id)), broken
+                return decode_image(self.reader.image(sample_id))
             except BrokenImageError as error:
                 broken.append(Quarantined(batch.epoch, batch.step, sample_id, self._name(sample_id), str(error)))
             except Exception as error:
                 raise RuntimeError(f"sample {sample_id} ({self._name(sample_id)}) cannot be read: {error}") from error
-        raise RuntimeError(
-            f"sample {wanted} ({broken[0].name}) is broken ({broken[0].reason}), and so are all {len(broken) - 1} "
-            "samples that could replace it; mend or remove its shard"
-        )
+        raise _NoSubstituteError(broken)
 
     def _name(self, sample_id: int) -> str:
         try:
             return self.reader.name(sample_id)
         except (RuntimeError, OSError, ValueError):  # what broke the sample may hide its name too
             return "name unreadable"
+
+    def _take(self, task: Future[list[Quarantined]], known: dict[int, Quarantined]) -> None:
+        """Wait for a part of a batch, and account for the broken samples that it met."""
+        try:
+            self._quarantine(task.result(), known)
+        except _NoSubstituteError as error:
+            self._quarantine(error.broken, known)
+            first = error.broken[0]
+            raise RuntimeError(
+                f"no image can be decoded: all {len(known)} that were tried are broken (the first, {first.name}: "
+                f"{first.reason}); mend the data, or name other data"
+            ) from None
 
     def _quarantine(self, broken: list[Quarantined], known: dict[int, Quarantined]) -> None:
         for record in broken:

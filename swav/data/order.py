@@ -19,6 +19,7 @@ from swav.data import feistel
 
 Ids = NDArray[np.int64]
 
+_SUBSTITUTES_PER_SHARD = 16  # before the next shard is tried
 _TURNS = 1 << 32  # a power of two above any lane's rows and with them below 2^63
 
 
@@ -232,16 +233,25 @@ class EpochOrder:
 
 
 def substitutes(row_offsets: Ids, sample_id: int) -> Iterator[int]:
-    """The other samples of a sample's shard, from the next one on and around: replacements for a broken one.
+    """All other samples, the likeliest first: replacements for a broken one.
+
+    First come the next rows of the sample's shard, from its end around to its start. After some of them come as many of
+    the next shard, and so on around all shards: where a whole shard is broken, or a sample is alone in its shard, a
+    replacement is near all the same.
 
     Args:
         row_offsets: int64 [shards + 1], each shard's first id, and the number of samples.
         sample_id: the broken sample.
     """
-    shard = int(np.searchsorted(row_offsets, sample_id, side="right")) - 1
-    start, end = int(row_offsets[shard]), int(row_offsets[shard + 1])
-    yield from range(sample_id + 1, end)
-    yield from range(start, sample_id)
+    own = int(np.searchsorted(row_offsets, sample_id, side="right")) - 1
+    num_shards = len(row_offsets) - 1
+    for first in range(0, int(np.diff(row_offsets).max()), _SUBSTITUTES_PER_SHARD):
+        for turn in range(num_shards):
+            shard = (own + turn) % num_shards
+            start, rows = int(row_offsets[shard]), int(row_offsets[shard + 1] - row_offsets[shard])
+            skipped, offset = (1, sample_id + 1 - start) if shard == own else (0, 0)
+            for row in range(first, min(first + _SUBSTITUTES_PER_SHARD, rows - skipped)):
+                yield start + (offset + row) % rows
 
 
 def _share(total: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -171,14 +171,34 @@ def test_broken_images_are_recorded_alike_for_any_number_of_threads() -> None:
 
 def test_too_many_broken_images_stop_the_run() -> None:
     shards, _ = broken_shards()
-    with pytest.raises(RuntimeError, match=r"3 broken images .* more than the 2 .*shard-.*max_quarantined_fraction"):
+    with pytest.raises(RuntimeError, match=r"4 broken images .* more than the 2 .*shard-.*max_quarantined_fraction"):
         list(loader_of(shards, max_quarantined=2, num_threads=1).epoch(0))
 
 
-def test_a_shard_without_any_sound_image_stops_the_run(shards: Shards) -> None:
-    images = [b"text" if 10 <= sample < 20 else image for sample, image in enumerate(shards.images)]
-    with pytest.raises(RuntimeError, match=r"shard-1.tar:.* is broken .* all 9 samples that could replace it"):
-        list(loader_of(Shards(images)).epoch(0))
+def test_a_shard_without_any_sound_image_is_replaced_by_the_next(shards: Shards) -> None:
+    images = [b"text" if 10 <= sample < 20 or sample == 50 else image for sample, image in enumerate(shards.images)]
+    records: list[Quarantined] = []
+    batches = list(loader_of(Shards([*images, b"text"]), max_quarantined=11, on_quarantine=records.append).epoch(0))
+    assert {record.sample_id for record in records} == {*range(10, 20), 50}
+    assert sum(int(batch.substituted.sum()) for batch in batches) == 11
+    mended = Shards([images[20] if 10 <= sample < 20 else image for sample, image in enumerate(images)] + [images[0]])
+    for one, other in zip(batches, loader_of(mended).epoch(0), strict=True):
+        for crops, other_crops in zip(one.crops, other.crops, strict=True):
+            assert torch.equal(crops, other_crops)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (None, r"no image can be decoded: all 50 that were tried are broken \(the first, shard-.*: not an image"),
+        (10, r"11 broken images in one epoch are more than the 10 that are admitted"),
+    ],
+)
+def test_data_without_any_sound_image_stops_the_run(limit: int | None, message: str) -> None:
+    records: list[Quarantined] = []
+    with pytest.raises(RuntimeError, match=message):
+        list(loader_of(Shards([b"text"] * 50), max_quarantined=limit, on_quarantine=records.append).epoch(0))
+    assert len(records) == (limit or 49) + 1
 
 
 def test_odd_images_are_delivered() -> None:

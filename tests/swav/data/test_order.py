@@ -176,8 +176,18 @@ def test_steps_outside_the_epoch_are_refused(step: int) -> None:
         _order([64], batch=16, lanes=4).batch(step)
 
 
-def test_substitutes_are_the_rest_of_the_shard_from_the_next_on() -> None:
+def test_substitutes_are_the_rest_of_the_shard_from_the_next_on_and_then_the_next_shards() -> None:
     offsets = np.array([0, 3, 3, 8, 9])
-    assert list(substitutes(offsets, 5)) == [6, 7, 3, 4]
-    assert list(substitutes(offsets, 2)) == [0, 1]
-    assert list(substitutes(offsets, 8)) == []
+    assert list(substitutes(offsets, 5)) == [6, 7, 3, 4, 8, 0, 1, 2]
+    assert list(substitutes(offsets, 2)) == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert list(substitutes(offsets, 8)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert list(substitutes(np.array([0, 1]), 0)) == []
+
+
+def test_substitutes_leave_a_broken_shard_soon_and_miss_no_sample() -> None:
+    offsets = np.array([0, 100, 150, 150, 190])
+    for sample in (0, 99, 120, 189):
+        found = list(substitutes(offsets, sample))
+        assert sorted([*found, sample]) == list(range(190))
+        shard = np.searchsorted(offsets, sample, side="right")
+        assert (np.searchsorted(offsets, found[:17], side="right") == shard).tolist() == [True] * 16 + [False]

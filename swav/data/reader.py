@@ -95,12 +95,16 @@ class ShardReader:
     def name(self, sample_id: int) -> str:
         """A sample's name for messages, ``<shard>.tar:<key>``; the key is read from the tar.
 
+        Where the tar is damaged there, or gone, it is ``<shard>.tar:row <n>``.
+
         Raises:
             ValueError: the id is outside the index.
-            RuntimeError: as for :meth:`image`.
         """
-        shard, _ = self.index.locate_one(sample_id)
-        folder, slash, name = self.member_name(sample_id).rpartition("/")
+        shard, row = self.index.locate_one(sample_id)
+        try:
+            folder, slash, name = self.member_name(sample_id).rpartition("/")
+        except (RuntimeError, OSError):
+            return f"{self.index.shards[shard].name}:row {row}"
         return f"{self.index.shards[shard].name}:{folder}{slash}{name.partition('.')[0]}"
 
     def member_name(self, sample_id: int) -> str:

@@ -15,6 +15,7 @@ BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
 _FILE_TYPES = (b"0", b"\0", b"7")
 _TYPES_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _MAX_EXTENSION_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 10240  # tar writes records of this size
 
@@ -50,6 +51,7 @@ def walk(file: RangeFile) -> Iterator[TarMember]:
     total = file.num_bytes()
     if total == 0:
         raise RuntimeError(f"shard {file.url} is empty (0 bytes); write it again, or remove it and rebuild the index")
+    _refuse_other_formats(file, total)
     position, count = 0, 0
     while position + BLOCK_BYTES <= total:
         if _is_end(file, position, total):
@@ -108,6 +110,19 @@ def _next_member(file: RangeFile, position: int, total: int, count: int) -> tupl
     return member if is_file else None, position + BLOCK_BYTES + _padded(size)
 
 
+def _refuse_other_formats(file: RangeFile, total: int) -> None:
+    """Name a compressed file as such, and a file too short for a header."""
+    start = file.read(0, 6)
+    for magic, tool in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise RuntimeError(f"shard {file.url} is compressed; unpack it with {tool}, as samples are read by place")
+    if total < BLOCK_BYTES:
+        raise RuntimeError(
+            f"shard {file.url} is no tar: its {total} bytes are less than one header; copy or write it again, or "
+            "remove it"
+        )
+
+
 def _is_end(file: RangeFile, position: int, total: int) -> bool:
     """Whether the archive ends here; a marker cut short has lost nothing and is accepted."""
     if file.read(position, BLOCK_BYTES) != _ZEROS:
@@ -132,10 +147,8 @@ def _verify(header: bytes, url: str, position: int) -> None:
     if expected != unsigned:
         high = sum(byte >= 128 for byte in header) - sum(byte >= 128 for byte in header[148:156])
         if expected != unsigned - 256 * high:
-            gzip = header.startswith(b"\x1f\x8b") and position == 0
             raise RuntimeError(
-                f"shard {url} has a bad header at byte {position}: "
-                + ("it is compressed; unpack it with gunzip" if gzip else "damaged or no tar; copy or write it again")
+                f"shard {url} has a bad header at byte {position}: damaged or no tar; copy or write it again"
             )
 
 

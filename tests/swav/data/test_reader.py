@@ -74,3 +74,10 @@ def test_threads_share_few_open_files(tmp_path: Path) -> None:
         assert len(tables) == 40
         assert list(pool.map(reader.image, order)) == [b"image-%d" % i for i in order]
         assert len(os.listdir("/proc/self/fd")) - before <= 3  # noqa: PTH208
+
+
+def test_a_damaged_shard_still_gives_names(tmp_path: Path) -> None:
+    with _reader(write_dataset(tmp_path, [3])) as reader:
+        path = tmp_path / "shard-000000.tar"
+        path.write_bytes(bytes(path.stat().st_size))
+        assert reader.name(1) == "shard-000000.tar:row 1"

@@ -1,7 +1,11 @@
+import bz2
+import gzip
+import lzma
 import os
 import random
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,7 +86,7 @@ def test_a_cut_is_found_at_every_byte(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", members)
     end = 512 * (1 + 2 + 1 + 1 + 1)
     content = path.read_bytes()
-    for size in [1, 100, 511, 512, 513, 1212, 1535, 1536, 1537, 2048, 2348, 2560, 3071, 3072, 3500]:
+    for size in [512, 513, 1212, 1535, 1536, 1537, 2048, 2348, 2560, 3071, 3072, 3500]:
         path.write_bytes(content[:size])
         if size < end + 512:
             with pytest.raises(RuntimeError, match=r"x\.tar is cut in the middle|x\.tar has a bad header"):
@@ -122,5 +126,20 @@ def test_compressed_tars_are_named_as_such(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.jpg"))
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes() + bytes(1000))
-    with pytest.raises(RuntimeError, match="compressed; unpack it"):
+    with pytest.raises(RuntimeError, match=r"x\.tar is compressed; unpack it with gunzip"):
+        _walk(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_small_compressed_tar_is_no_cut_one(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"a")])
+    path.write_bytes(compress(path.read_bytes()))
+    with pytest.raises(RuntimeError, match="is compressed; unpack it with"):
+        _walk(path)
+
+
+@pytest.mark.parametrize("size", [1, 100, 511])
+def test_a_file_shorter_than_a_header_is_no_tar(tmp_path: Path, size: int) -> None:
+    (tmp_path / "x.tar").write_bytes(b"<" * size)
+    with pytest.raises(RuntimeError, match=rf"x\.tar is no tar: its {size} bytes"):
         _walk(tmp_path / "x.tar")

@@ -46,12 +46,15 @@ def local_path(url: Location) -> Path:
 
 
 def has_pattern(url: Location) -> bool:
-    """Whether the last part of the url is a pattern such as ``train-*.tar``.
+    """Whether the last part of the url is a pattern such as ``train-*.tar``, and not the name of something there.
 
     Raises:
         ValueError: webdataset's brace notation.
     """
-    name = local_path(url).name
+    path = local_path(url)
+    if path.exists():
+        return False
+    name = path.name
     if "{" in name and ".." in name:
         raise ValueError(f"{url}: brace ranges are not supported; write a pattern such as train-*.tar instead")
     return any(mark in name for mark in "*?[")
@@ -64,12 +67,14 @@ def list_tars(url: Location) -> list[str]:
         url: a folder (its ``*.tar``, not those of its subfolders), a pattern such as ``/data/train-*.tar``, or one tar.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: nothing is there, or a file of another kind.
     """
     path = local_path(url).absolute()
     if path.is_file():
+        if path.suffix != ".tar":
+            raise ValueError(f"{url} is no .tar by its name; give a folder of images or tars, one tar, or a list")
         return [str(path)]
-    folder, pattern = (path.parent, path.name) if has_pattern(url) and not path.is_dir() else (path, "*.tar")
+    folder, pattern = (path.parent, path.name) if has_pattern(url) else (path, "*.tar")
     if not folder.is_dir():
         raise ValueError(f"{url}: there is no such file or folder")
     names = sorted(entry.name for entry in os.scandir(folder) if fnmatchcase(entry.name, pattern) and entry.is_file())
@@ -159,8 +164,20 @@ def write_atomic(url: Location, data: bytes | memoryview) -> None:
 
 
 def cache_folder() -> Path:
-    """Where indexes and shards that are made on the way are kept: ``$SWAV_CACHE``, or ``~/.cache/swav``."""
-    return Path(os.environ.get("SWAV_CACHE") or "~/.cache/swav").expanduser().absolute()
+    """Where indexes and shards that are made on the way are kept: ``$SWAV_CACHE``, or ``~/.cache/swav``. Is made here.
+
+    Raises:
+        ValueError: it cannot be made or written.
+    """
+    folder = Path(os.environ.get("SWAV_CACHE") or "~/.cache/swav").expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ValueError(f"the cache folder {folder} cannot be written ({reason}); set SWAV_CACHE to one that can")
+    return folder
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,21 +55,36 @@ class FileSource:
         return len(self.names)
 
     def digest(self) -> str:
-        """A digest of names, sizes, modification times and labels."""
+        """A digest of names, sizes, modification times and labels.
+
+        Raises:
+            ValueError: a name is no regular file, such as a link to nothing.
+            RuntimeError: a file cannot be looked at.
+        """
         digest = hashlib.sha256()
         for number, name in enumerate(self.names):
-            found = (self.root / name).stat()
+            found = _stat_file(self.root / name)
             label = None if self.labels is None else self.labels[number]
             digest.update(json.dumps([name, found.st_size, found.st_mtime_ns, label]).encode())
         return digest.hexdigest()
 
     def load(self, number: int) -> tuple[str, dict[str, bytes]]:
-        """Read one file, as it is."""
-        path = self.root / self.names[number]
-        members = {path.suffix[1:].lower(): path.read_bytes()}
+        """Read one file, as it is.
+
+        Raises:
+            RuntimeError: it cannot be read.
+        """
+        name = self.names[number]
+        path = self.root / name
+        try:
+            members = {path.suffix[1:].lower(): path.read_bytes()}
+        except OSError as error:
+            raise RuntimeError(
+                f"{path} cannot be read ({error.strerror}); make it readable, or leave it out"
+            ) from error
         if self.labels is not None:
             members["cls"] = str(self.labels[number]).encode()
-        return path.stem, members
+        return name.removesuffix(path.suffix), members
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,34 +126,55 @@ def find_images(source: str) -> ImageSource:
         ValueError: there are no images, or it is not clear what is meant; says what to do.
     """
     path = storage.local_path(source).absolute()
+    if path.is_dir():
+        return _from_folder(path)
     if path.suffix.lower() in (".csv", ".jsonl"):
-        found = _from_list(path)
-    elif path.suffix == ".tar" or storage.has_pattern(source):
-        found = _from_tars(source, path.parent)
-    elif path.is_dir():
-        found = _from_folder(path)
-    else:
-        raise ValueError(f"{source}: there is no such folder; give a folder, a .csv or .jsonl list, or tars")
-    if not len(found):
-        raise ValueError(
-            f"{source}: no images found ({found.num_skipped} other files); known extensions: {known_extensions()}"
-        )
-    return found
+        return _from_list(path)
+    if path.suffix == ".tar" or storage.has_pattern(source):
+        return _from_tars(source, path.parent)
+    if path.exists():
+        raise ValueError(f"{source} is one file; give a folder of images, a .csv or .jsonl list, or tars")
+    raise ValueError(f"{source}: there is no such folder; give a folder, a .csv or .jsonl list, or tars")
 
 
-def _from_folder(folder: Path) -> ImageSource:
+@dataclass(frozen=True, slots=True)
+class FolderListing:
+    """What a folder holds, of one kind at most; sorted, relative to it."""
+
+    names: list[str]  # of all files below
+    tars: list[str]
+    images: list[str]  # directly in it
+    nested: list[str]  # images in its subfolders
+
+
+def list_folder(folder: Path) -> FolderListing:
+    """List a folder's tree.
+
+    Raises:
+        ValueError: it holds tars and images, or images and folders of images: one of them would be forgotten.
+        RuntimeError: a part of it cannot be listed.
+    """
     names = _files_below(folder)
     top = [name for name in names if "/" not in name]
     tars = [name for name in top if name.endswith(".tar")]
     images = [name for name in top if _is_image(name)]
     nested = [name for name in names if "/" in name and _is_image(name)]
-    classes = sorted({name.partition("/")[0] for name in nested})
-    kinds = {"tars": tars, "images": images, "folders of images": classes}
+    kinds = {"tars": tars, "images": images, "images in subfolders": nested}
     present = [f"{len(found)} {kind} (first: {found[0]})" for kind, found in kinds.items() if found]
     if len(present) > 1:
-        raise ValueError(f"{folder} holds {' and '.join(present)}; put one kind into a folder of its own and name that")
-    if tars:
+        raise ValueError(
+            f"{folder} holds {' and '.join(present)}; put one kind into a folder of its own and name that"
+            + (f", or name the tars alone as '{folder}/*.tar'" if tars else "")
+        )
+    return FolderListing(names, tars, images, nested)
+
+
+def _from_folder(folder: Path) -> ImageSource:
+    listing = list_folder(folder)
+    names, images, nested = listing.names, listing.images, listing.nested
+    if listing.tars:
         return _from_tars(str(folder), folder)
+    classes = sorted({name.partition("/")[0] for name in nested})
     if classes and {name.lower() for name in classes} <= _SPLIT_NAMES:
         raise ValueError(
             f"{folder} holds {', '.join(classes)}, which look like splits and not classes; name one of them, for "
@@ -144,16 +182,49 @@ def _from_folder(folder: Path) -> ImageSource:
         )
     if images:
         return FileSource(folder, images, None, None, len(names) - len(images))
+    if not classes:
+        raise ValueError(f"{folder}: no images found ({_kinds(names)}); known extensions: {known_extensions()}")
+    unwritable = [name for name in classes if len(name.splitlines()) != 1]
+    if unwritable:
+        raise ValueError(f"{folder} has a folder named {unwritable[0]!r}, which is no line of text; rename it")
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[name.partition("/")[0]] for name in nested]
-    return FileSource(folder, nested, labels or None, classes or None, len(names) - len(nested))
+    return FileSource(folder, nested, labels, classes, len(names) - len(nested))
+
+
+def _kinds(names: list[str]) -> str:
+    """What files there are instead of images."""
+    suffixes = Counter(Path(name).suffix.lower() or "without extension" for name in names)
+    found = f"{len(names)} other files"
+    if names:
+        found += ": " + ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(3))
+    if ".tar" in suffixes:
+        tar = next(name for name in names if name.lower().endswith(".tar"))
+        found += f"; to use tars, name their folder, here {os.path.dirname(tar)}"  # noqa: PTH120
+    return found
 
 
 def _files_below(folder: Path) -> list[str]:
-    """All files of a tree, hidden ones apart, as sorted relative paths."""
+    """All files of a tree, hidden ones apart, as sorted relative paths.
+
+    Raises:
+        ValueError: a link leads back to a folder that it is in.
+        RuntimeError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RuntimeError(
+            f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it away"
+        ) from error
+
     names: list[str] = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        real = Path(root).resolve()
+        for name in folders:
+            link = Path(root, name)
+            if link.is_symlink() and real.is_relative_to(link.resolve()):
+                raise ValueError(f"{link} is a link to a folder that it is in; remove it")
         prefix = os.path.relpath(root, folder) + "/" if Path(root) != folder else ""
         names += [prefix + name for name in files if not name.startswith(".")]
     return sorted(names)
@@ -162,7 +233,14 @@ def _files_below(folder: Path) -> list[str]:
 def _from_list(path: Path) -> ImageSource:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such list")
-    rows = list(_list_rows(path))
+    try:
+        rows = list(_list_rows(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); write one image per line, as path,label") from error
+    if not rows:
+        raise ValueError(f"{path} lists no images; write one per line")
     texts = [label for _, _, label in rows if label is not None]
     if len(texts) not in (0, len(rows)):
         line = next(line for line, _, label in rows if label is None)
@@ -178,6 +256,9 @@ def _from_list(path: Path) -> ImageSource:
         if _is_image(name):
             names.append(name)
             labels += [] if label is None else [numbers[label]]
+    if not names:
+        listed = [name for _, name, _ in rows]
+        raise ValueError(f"{path}: no images found ({_kinds(listed)}); known extensions: {known_extensions()}")
     return FileSource(path.parent, names, labels or None, classes, len(rows) - len(names))
 
 
@@ -211,8 +292,20 @@ def _from_tars(url: str, folder: Path) -> ImageSource:
     index = open_index(url)
     reader = ShardReader(index)
     names = folder / "classes.txt"
-    classes = names.read_text().splitlines() if names.is_file() else None
+    classes = names.read_text("utf-8", "surrogateescape").splitlines() if names.is_file() else None
     return TarSource(reader, classes, sum(shard.keys_without_image for shard in index.shards))
+
+
+def _stat_file(path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is a link to nothing, or has just gone; remove it, or mend the link") from None
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be read ({error.strerror}); make it readable, or leave it out") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is no regular file (a pipe or a device); remove it")
+    return found
 
 
 def _is_image(name: str) -> bool:

@@ -8,6 +8,7 @@ position in the index: shards in the order of their names, samples in the order 
 import argparse
 import bisect
 import hashlib
+import io
 import json
 import logging
 import sys
@@ -144,19 +145,19 @@ def open_index(url: str) -> DatasetIndex:
     path = storage.local_path(url).absolute()
     beside = _read(path if path.is_dir() else path.parent)
     if beside is not None:
-        _check_shards(beside, exact_times=False)
+        _check_shards(beside)
         return beside if path.is_dir() else _subset(beside, url)
     shards = storage.list_tars(url)
     folder = storage.cache_folder() / "index" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
     with storage.locked(folder.with_suffix(".lock")):
         cached = _read(folder)
         if cached is not None and [shard.name for shard in cached.shards] == shards:
-            try:
-                _check_shards(cached, exact_times=True)
-            except RuntimeError as changed:
-                logger.info("indexing %s again: %s", url, changed)
-            else:
+            changed = _mismatch(cached, exact_times=True)
+            if changed is None:
                 return cached
+            logger.info("indexing %s again: %s", url, changed)
+        for leftover in folder.glob("**/.*.partial"):  # of a process that was killed; nobody else writes here now
+            leftover.unlink()
         return build_index(url, str(folder))
 
 
@@ -224,8 +225,9 @@ def _index_all(paths: list[Path], folder: Path, crc32: dict[str, int]) -> Iterat
             raise RuntimeError(f"shard {path} went away while it was indexed; start again")
         rows, without = scan(str(path))
         name = path.name if path.parent == folder else str(path)
-        with storage.open_atomic(str(_table_path(folder, name))) as file:
-            np.lib.format.write_array(file, rows, allow_pickle=False)
+        table = io.BytesIO()  # NumPy would write to a file without an error number where the disk is full
+        np.lib.format.write_array(table, rows, allow_pickle=False)
+        storage.write_atomic(str(_table_path(folder, name)), table.getbuffer())
         return Shard(name, found.num_bytes, found.mtime_ns, len(rows), without, crc32.get(path.name))
 
     with ThreadPoolExecutor(min(_NUM_THREADS, len(paths))) as pool:
@@ -251,28 +253,37 @@ def _read(folder: Path) -> DatasetIndex | None:
         return None
     if form != FORMAT:
         raise RuntimeError(f"{path} has the format {form}, this version reads {FORMAT}; {_remedy(path)}")
-    shards = tuple(Shard(**shard) for shard in record["shards"])
-    return DatasetIndex(folder, shards, record["chunk_rows"], record.get("written_from"))
+    try:
+        shards = tuple(Shard(**shard) for shard in record["shards"])
+        return DatasetIndex(folder, shards, record["chunk_rows"], record.get("written_from"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{path} is damaged ({type(error).__name__}: {error}); {_remedy(path)}") from error
 
 
-def _check_shards(index: DatasetIndex, *, exact_times: bool) -> None:
-    """Refuse an index whose shards are not those on disk."""
+def _check_shards(index: DatasetIndex) -> None:
+    """Refuse an index whose shards are not those on disk; times differ in a copy of a dataset."""
     path = index.folder / "index.json"
-    for number, shard in enumerate(index.shards):
-        found = storage.stat(index.shard_path(number))
-        if found is None:
-            raise RuntimeError(f"{path} lists the shard {shard.name}, which is missing; {_remedy(path)}")
-        if found.num_bytes != shard.num_bytes:
-            raise RuntimeError(
-                f"the shard {shard.name} has {found.num_bytes} bytes and {path} says {shard.num_bytes}; {_remedy(path)}"
-            )
-        if exact_times and found.mtime_ns != shard.mtime_ns:
-            raise RuntimeError(f"the shard {shard.name} was written after {path}; {_remedy(path)}")
+    problem = _mismatch(index, exact_times=False)
+    if problem is not None:
+        raise RuntimeError(f"{path} does not fit its shards any more: {problem}; {_remedy(path)}")
     if not any(Path(shard.name).is_absolute() for shard in index.shards):
         known = {shard.name for shard in index.shards}
         added = [path for path in storage.list_tars(str(index.folder)) if Path(path).name not in known]
         if added:
             raise RuntimeError(f"{path} lacks {len(added)} shards that are there: {added[0]}; {_remedy(path)}")
+
+
+def _mismatch(index: DatasetIndex, *, exact_times: bool) -> str | None:
+    """In what the first changed shard differs from the index; None where none does."""
+    for number, shard in enumerate(index.shards):
+        found = storage.stat(index.shard_path(number))
+        if found is None:
+            return f"the shard {shard.name} is missing"
+        if found.num_bytes != shard.num_bytes:
+            return f"the shard {shard.name} has {found.num_bytes} bytes and had {shard.num_bytes} when it was indexed"
+        if exact_times and found.mtime_ns != shard.mtime_ns:
+            return f"the shard {shard.name} was written since"
+    return None
 
 
 def _subset(index: DatasetIndex, url: str) -> DatasetIndex:

@@ -4,7 +4,7 @@ import logging
 
 from swav import storage
 from swav.data.demo import DEMO_VERSION, write_demo_shards
-from swav.data.image_source import find_images
+from swav.data.image_source import find_images, list_folder
 from swav.data.index import DatasetIndex, open_index
 from swav.data.write_shards import write_shards
 
@@ -20,15 +20,22 @@ def open_dataset(url: str) -> DatasetIndex:
             or ``demo/test``, which are made on the spot. A folder of that name is ``./demo/train``.
 
     Raises:
-        ValueError: there is nothing of the kind at ``url``.
-        RuntimeError: a shard is damaged.
+        ValueError: there is nothing of the kind at ``url``, or images and tars side by side.
+        RuntimeError: a shard is damaged, an image cannot be read, or the cache is full.
     """
     if url in ("demo/train", "demo/test"):
         return open_index(_demo_shards(url.removeprefix("demo/")))
     path = storage.local_path(url)
-    if path.suffix in (".csv", ".jsonl") or (path.is_dir() and not storage.list_tars(url) and not _has_index(url)):
-        return _shards_of_images(url)
-    return open_index(url)
+    try:
+        if path.is_dir():
+            return open_index(url) if _has_index(url) or list_folder(path).tars else _shards_of_images(url)
+        return _shards_of_images(url) if path.suffix.lower() in (".csv", ".jsonl") else open_index(url)
+    except OSError as error:
+        cache = storage.cache_folder()
+        raise RuntimeError(
+            f"{url} cannot be prepared: {error}; if {cache} is full, free space there or set SWAV_CACHE to a larger "
+            "folder, then run the same command again"
+        ) from error
 
 
 def has_labels(index: DatasetIndex) -> bool:

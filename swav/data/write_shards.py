@@ -22,7 +22,9 @@ from swav.data.image_source import ImageSource, find_images
 from swav.data.index import UNFINISHED_MARK, DatasetIndex, build_index, open_index
 
 _FORMAT = "swav.write_shards/1"
-_SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar|\.shard-[0-9]{6,}\.tar\.[0-9a-f]+\.partial")
+_LOCK_NAME = ".write_shards.lock"
+_SHARD = re.compile(r"shard-[0-9]{6,}\.tar")
+_PARTIAL = re.compile(r"\.(shard-[0-9]{6,}\.tar|write_shards\.json|classes\.txt|index\.json)\.[0-9a-f]+\.partial")
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,10 @@ def write_shards(
     """Write the images of a source as shards, and index them.
 
     The folder then holds ``shard-000000.tar`` and so on, the index, and, if classes have names, ``classes.txt`` (one
-    name per line, in the order of the labels). A sample's key is its number and its old name without dots, so keys are
-    unique. The index, with each shard's CRC-32, is written last: a folder without it is not finished, and the same call
-    starts it again. A folder that was finished with the same options from a source that has not changed is opened.
+    name per line, in the order of the labels). A sample's key is its number and its old path without dots, so keys are
+    unique and lead back to the file. The index, with each shard's CRC-32, is written last: a folder without it is not
+    finished, and the same call starts it again; of several calls at once on one host, one writes and the others wait.
+    A folder that was finished with the same options from a source that has not changed is opened.
 
     Args:
         source: see :func:`swav.data.image_source.find_images`.
@@ -52,7 +55,8 @@ def write_shards(
 
     Raises:
         ValueError: the source is not understood, ``out`` holds something else, or an option is below 1.
-        OSError: a file cannot be read or written, or the disk is full; what is finished stays finished.
+        RuntimeError: an image cannot be read.
+        OSError: a shard cannot be written, or the disk is full; the same call then starts again.
     """
     if min(samples_per_shard, bytes_per_shard) < 1:
         raise ValueError(f"a shard needs at least 1 sample and 1 byte, got {samples_per_shard} and {bytes_per_shard}")
@@ -65,21 +69,40 @@ def write_shards(
         "num_samples": len(images),
         "options": [samples_per_shard, bytes_per_shard, shuffle],
     }
-    if _is_finished(folder, record):
-        logger.info("%s already holds these %d samples", folder, len(images))
-        return open_index(str(folder))
+    if not _is_finished(folder, record):
+        with storage.locked(folder / _LOCK_NAME):
+            if not _is_finished(folder, record):  # by whom we waited for
+                return _write(images, folder, record)
+    _tidy(folder)
+    logger.info("%s already holds these %d samples", folder, len(images))
+    return open_index(str(folder))
+
+
+def _write(images: ImageSource, folder: Path, record: dict[str, Any]) -> DatasetIndex:
+    """Write shards and index into a folder that is locked."""
     _start(folder, record)
+    samples_per_shard, bytes_per_shard, shuffle = record["options"]
     if images.num_skipped:
-        logger.warning("%s: %d files are no images by their name and are left out", source, images.num_skipped)
+        logger.warning(
+            "%s: %d files are no images by their name and are left out", record["source"], images.num_skipped
+        )
     order = np.arange(len(images))
     if shuffle is not None:
         rng.generator(shuffle, "write shards").shuffle(order)
     checksums = _write_all(images, [int(number) for number in order], folder, samples_per_shard, bytes_per_shard)
     if images.classes is not None:
-        storage.write_atomic(folder / "classes.txt", ("\n".join(images.classes) + "\n").encode())
+        names = "\n".join(images.classes) + "\n"
+        storage.write_atomic(folder / "classes.txt", names.encode("utf-8", "surrogateescape"))
     index = build_index(str(folder), str(folder), crc32=checksums, written_from=record)
-    (folder / UNFINISHED_MARK).unlink(missing_ok=True)
+    _tidy(folder)
     return index
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished folder needs; whoever waits for the lock then finds a finished one."""
+    for name in (UNFINISHED_MARK, _LOCK_NAME):
+        if (folder / name).exists():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
@@ -107,14 +130,17 @@ def _start(folder: Path, record: dict[str, Any]) -> None:
         ValueError: it holds other files.
     """
     mark = folder / UNFINISHED_MARK
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if present and not mark.exists():
-        raise ValueError(f"{folder} is not empty (it holds {present[0]}); choose a new folder for the shards")
-    leftovers = [name for name in present if _SHARD_NAME.fullmatch(name)]
+    present = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_NAME)
+    foreign = [name for name in present if not _PARTIAL.fullmatch(name)]
+    if foreign and not mark.exists():
+        (folder / _LOCK_NAME).unlink(missing_ok=True)
+        raise ValueError(f"{folder} is not empty (it holds {foreign[0]}); choose a new folder for the shards")
+    leftovers = [folder / name for name in present if _PARTIAL.fullmatch(name) or _SHARD.fullmatch(name)]
+    leftovers += (folder / "index").glob(".*.partial")
     if leftovers:
-        logger.info("%s: an interrupted call left %d shards; starting again", folder, len(leftovers))
-    for name in leftovers:
-        (folder / name).unlink()
+        logger.info("%s: an interrupted call left %d files; starting again", folder, len(leftovers))
+    for path in leftovers:
+        path.unlink()
     storage.write_atomic(mark, (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -144,7 +170,7 @@ def _write_all(
 def _key(number: int, stem: str) -> str:
     """A unique key without dots that shows where the sample comes from; short ASCII, so that ustar headers do."""
     name = re.sub(r"[^0-9A-Za-z_-]+", "_", re.sub(r"^[0-9]{9}-", "", stem))
-    return f"{number:09d}-{name[:60]}"
+    return f"{number:09d}-{name[-60:]}"
 
 
 @dataclass(slots=True)

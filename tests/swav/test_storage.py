@@ -77,3 +77,29 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert path.read_text() == "150"
+
+
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[set] {1..3}"
+    folder.mkdir()
+    (folder / "a[1].tar").touch()
+    assert storage.list_tars(str(folder)) == storage.list_tars(str(folder / "a[1].tar")) == [str(folder / "a[1].tar")]
+
+
+def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(ValueError, match=r"a\.jpg is no \.tar by its name; give a folder"):
+        storage.list_tars(str(tmp_path / "a.jpg"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "new" / "cache"))
+    assert storage.cache_folder().is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"file/cache cannot be written \(Not a directory\); set SWAV_CACHE"):
+        storage.cache_folder()
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "new" / "cache"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"Permission denied"):
+        storage.cache_folder()

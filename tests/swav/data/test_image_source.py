@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from swav_testing.shards import write_dataset
@@ -30,8 +33,8 @@ def test_a_subfolder_is_a_class(tmp_path: Path) -> None:
     found = find_images(str(tmp_path))
     assert found.classes == ["cat", "dog"]
     assert _samples(found) == [
-        ("y", {"jpg": b"cat/deep/y.jpg", "cls": b"0"}),
-        ("x", {"jpg": b"dog/x.jpg", "cls": b"1"}),
+        ("cat/deep/y", {"jpg": b"cat/deep/y.jpg", "cls": b"0"}),
+        ("dog/x", {"jpg": b"dog/x.jpg", "cls": b"1"}),
     ]
     assert found.num_skipped == 2
 
@@ -70,7 +73,7 @@ def test_a_jsonl_list(tmp_path: Path) -> None:
         ("l.csv", "path,label\na.jpg,1\na.jpg,\n", "line 3 has no label and others have one"),
         ("l.jsonl", "{\n", "line 1 is no JSON"),
         ("l.jsonl", '["a.jpg"]\n', "line 1 must be an object like"),
-        ("l.csv", "path\n", "no images found"),
+        ("l.csv", "path\n", "lists no images"),
     ],
 )
 def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -83,10 +86,12 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.jpg", "dog/b.jpg"], r"1 images \(first: a.jpg\) and 1 folders of images \(first: dog\)"),
+        (["a.jpg", "dog/b.jpg"], r"1 images \(first: a.jpg\) and 1 images in subfolders \(first: dog/b.jpg\)"),
         (["a.jpg", "x.tar"], r"1 tars \(first: x.tar\) and 1 images"),
         (["train/dog/a.jpg", "val/dog/b.jpg"], "train, val, which look like splits .*for example .*/train"),
-        (["notes.txt"], r"no images found \(1 other files\)"),
+        (["notes.txt", "a.heic", "b.heic"], r"no images found \(3 other files: 2 \.heic, 1 \.txt\)"),
+        (["train/a.tar", "val/b.tar"], r"no images found \(2 other files: 2 \.tar; to use tars, name .* here train\)"),
+        (["one\ntwo/a.jpg"], "a folder named 'one.ntwo', which is no line of text"),
     ],
 )
 def test_folders_that_could_mean_two_things_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -114,3 +119,60 @@ def test_tars_keep_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "cache"))
     found = find_images(str(write_dataset(tmp_path / "data", [1, 2])))
     assert _samples(found) == [(f"{i:06d}", {"jpg": b"image-%d" % i, "cls": b"%d" % i}) for i in range(3)]
+
+
+def test_a_folder_may_look_like_a_pattern(tmp_path: Path) -> None:
+    for name in ("[raw] photos?", "set {1..3}", "list.csv"):
+        assert len(find_images(str(_make(tmp_path / name, "a.jpg")))) == 1
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    _make(tmp_path, "a.jpg")
+    (tmp_path / "l.csv").write_bytes("path,label\na.jpg,h\xf6he\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"l\.csv is not UTF-8 \(.* at byte 18\); save it as UTF-8"):
+        find_images(str(tmp_path / "l.csv"))
+
+
+def test_links_to_nothing_and_to_themselves_are_refused(tmp_path: Path) -> None:
+    _make(tmp_path / "one", "a.jpg")
+    (tmp_path / "one" / "b.jpg").symlink_to("none.jpg")
+    with pytest.raises(ValueError, match=r"b\.jpg is a link to nothing"):
+        find_images(str(tmp_path / "one")).digest()
+    _make(tmp_path / "two", "cat/a.jpg", "cat/deep/b.jpg")
+    (tmp_path / "two" / "cat" / "deep" / "loop").symlink_to(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"deep/loop is a link to a folder that it is in"):
+        find_images(str(tmp_path / "two"))
+
+
+def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
+    _make(tmp_path / "elsewhere", "a.jpg")
+    _make(tmp_path / "data", "cat/b.jpg")
+    (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
+    assert find_images(str(tmp_path / "data")).classes == ["cat", "dog"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(_make(tmp_path, "a.jpg") / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe\.jpg is no regular file"):
+        find_images(str(tmp_path)).digest()
+
+
+def test_an_unreadable_folder_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make(tmp_path, "cat/a.jpg", "dog/b.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)  # the tests may run as root, who may read all
+    with pytest.raises(RuntimeError, match=r"folder .*/dog cannot be read \(Permission denied\); make it readable"):
+        find_images(str(tmp_path))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    found = find_images(str(_make(tmp_path, "a.jpg", "b.jpg")))
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(RuntimeError, match=r"b\.jpg cannot be read \(No such file or directory\)"):
+        found.load(1)

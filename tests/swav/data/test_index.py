@@ -92,11 +92,12 @@ def test_a_stale_index_beside_the_shards_is_refused(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content + bytes(512))
     with pytest.raises(
-        RuntimeError, match=rf"shard-000001.tar has {len(content) + 512} bytes and .* says {len(content)}"
+        RuntimeError,
+        match=rf"shard-000001.tar has {len(content) + 512} bytes and had {len(content)} when .*index again",
     ):
         open_index(str(data))
     shard.unlink()
-    with pytest.raises(RuntimeError, match=r"lists the shard shard-000001\.tar, which is missing.*index again"):
+    with pytest.raises(RuntimeError, match=r"the shard shard-000001\.tar is missing.*index again"):
         open_index(str(data))
     shard.write_bytes(content)
     write_tar(data / "shard-000002.tar", [("x.jpg", b"x")])
@@ -176,3 +177,34 @@ def test_the_command_line_writes_beside_the_shards(tmp_path: Path, capsys: pytes
 def test_the_index_and_the_order_do_not_need_torch() -> None:
     code = "import sys, swav.data.index, swav.data.order, swav.data.reader; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("record", ['{"format": "swav.index/1"}', '{"format": "swav.index/1", "shards": [{"new": 1}]}'])
+def test_a_damaged_index_json_is_named(tmp_path: Path, record: str) -> None:
+    data = write_dataset(tmp_path / "data", [3])
+    (data / "index.json").write_text(record)
+    with pytest.raises(RuntimeError, match=r"index\.json is damaged .*index again"):
+        open_index(str(data))
+
+
+def test_a_full_disk_names_the_table(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", [300])
+    code = (
+        "import resource, sys; from swav.data.index import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(data)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: [Errno 27] File too large")
+    assert "index/shard-000000.tar.npy" in done.stderr
+    assert [path.name for path in data.iterdir() if path.is_file()] == ["shard-000000.tar"]
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", [3])
+    folder = open_index(str(data)).folder
+    (folder / "index.json").unlink()
+    for name in (".index.json.0a0b0c0d.partial", "index/.shard-000000.tar.npy.0a0b0c0d.partial"):
+        (folder / name).touch()
+    assert open_index(str(data)).num_samples == 3
+    assert list(folder.rglob("*.partial")) == []

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -53,7 +55,7 @@ def test_other_readers_see_plain_shards(images: Path, tmp_path: Path) -> None:
         samples = list(group_by_keys(tar_file_expander([{"url": "shard", "stream": file}])))
     assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == _contents(index)
     keys = [sample["__key__"] for sample in samples]
-    assert keys[:2] == ["000000000-photo_0", "000000001-photo_3"]
+    assert keys[:2] == ["000000000-class-0_photo_0", "000000001-class-0_photo_3"]
     with tarfile.open(index.shard_path(0)) as archive:
         assert {(member.mtime, tuple(member.pax_headers)) for member in archive} == {(0, ())}
 
@@ -162,3 +164,64 @@ def test_the_command_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert record["options"] == [6, 256_000_000, 3]
     with pytest.raises(SystemExit, match=r"error: .*no such folder"):
         main([str(tmp_path / "none"), str(tmp_path / "other")])
+
+
+def test_keys_lead_back_to_files_of_one_name(tmp_path: Path) -> None:
+    for folder in ("a", "b", "long" * 30):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / "0001.jpg").write_bytes(b"x")
+    with ShardReader(write_shards(str(tmp_path / "images"), str(tmp_path / "out"))) as reader:
+        names = [reader.name(i).partition(":")[2] for i in range(3)]
+    assert names == ["000000000-a_0001", "000000001-b_0001", "000000002-" + ("long" * 30)[-55:] + "_0001"]
+
+
+def test_class_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/images/caf\xe9"
+    os.makedirs(folder)  # noqa: PTH103
+    Path(os.fsdecode(folder), "a.jpg").write_bytes(b"x")
+    write_shards(str(tmp_path / "images"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "classes.txt").read_bytes() == b"caf\xe9\n"
+    assert write_shards(str(tmp_path / "out"), str(tmp_path / "again")).num_samples == 1
+    assert (tmp_path / "again" / "classes.txt").read_bytes() == b"caf\xe9\n"
+
+
+@pytest.mark.parametrize("name", [".write_shards.json.0a0b0c0d.partial", ".write_shards.lock"])
+def test_a_call_that_was_killed_at_once_starts_again(images: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
+    assert write_shards(str(images), str(tmp_path / "out")).num_samples == 10
+    assert list((tmp_path / "out").glob(".*")) == []
+
+
+def test_a_call_that_was_killed_at_the_very_end_is_finished(images: Path, tmp_path: Path) -> None:
+    first = write_shards(str(images), str(tmp_path / "out"))
+    (tmp_path / "out" / "write_shards.json").write_text("{}")
+    assert write_shards(str(images), str(tmp_path / "out")) == first
+    assert not (tmp_path / "out" / "write_shards.json").exists()
+
+
+def _write(source: Path, out: Path, gate: Any, results: Any) -> None:
+    gate.wait()
+    try:
+        results.put(write_shards(str(source), str(out), samples_per_shard=5).num_samples)
+    except Exception as error:
+        results.put(repr(error))
+
+
+def test_of_two_calls_at_once_one_writes_and_one_waits(tmp_path: Path) -> None:
+    source = tmp_path / "many"
+    source.mkdir()
+    for number in range(100):
+        (source / f"{number:03d}.jpg").write_bytes(b"image-%d" % number)
+    context = multiprocessing.get_context("fork")
+    for trial in range(3):
+        gate, results = context.Barrier(3), context.Queue()
+        out = tmp_path / f"out-{trial}"
+        processes = [context.Process(target=_write, args=(source, out, gate, results)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        assert [results.get() for _ in processes] == [100, 100, 100]
+        for process in processes:
+            process.join()
+        assert _contents(open_index(str(out))) == [(b"image-%d" % i, None) for i in range(100)]
+        assert list(out.glob(".*")) == []

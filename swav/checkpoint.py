@@ -154,22 +154,20 @@ def load(folder: Path, step: int) -> dict[str, Any]:
 def _problem(folder: Path, step: int) -> str | None:
     try:
         manifest = json.loads((folder / f"step-{step:09d}.json").read_text())
-        expected = (manifest["format"], manifest["bytes"], manifest["sha256"])
+        form, num_bytes, sha256 = manifest["format"], manifest["bytes"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({error!r})"
+    if form != FORMAT:
+        return f"its format is {form!r}, this version reads {FORMAT!r}"
     path = folder / f"step-{step:09d}.pt"
     try:
         with path.open("rb") as file:
-            found = (FORMAT, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            found_bytes, found_sha256 = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"its file cannot be read ({error!r})"
-    what = ("format", "size in bytes", "SHA-256")
-    problems = [
-        f"{name} {is_}, and its manifest says {was}"
-        for name, is_, was in zip(what, found, expected, strict=True)
-        if is_ != was
-    ]
-    return f"its file has the {problems[0]}" if problems else None
+    if found_bytes != num_bytes:
+        return f"its file has {found_bytes} bytes, the manifest says {num_bytes}"
+    return None if found_sha256 == sha256 else f"its file's SHA-256 is {found_sha256}, the manifest says {sha256}"
 
 
 def _to_host(value: Any) -> Any:

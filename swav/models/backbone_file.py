@@ -53,11 +53,11 @@ def load_backbone(path: Path) -> BackboneFile:
         backbone = ResNet(model.arch, width=model.width, stem=model.stem)
         backbone.load_state_dict(saved["state_dict"])
         return BackboneFile(backbone, resize_px=saved["resize_px"], crop_px=saved["crop_px"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not hold what its format says: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
     """The gist of an error of torch, which may go on for a page."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"

@@ -13,7 +13,7 @@ from swav.data.index import DatasetIndex
 from swav.storage import RangeFile
 
 _MAX_OPEN_FILES = 256  # with as many open tables of the index, half of the usual limit of 1024
-_INTEGER = re.compile(rb"\s*-?[0-9]+\s*")
+_INTEGER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 
 class ShardReader:

@@ -1,11 +1,13 @@
 """What a user may name as data: shards, a folder of images, or the embedded demo."""
 
+import errno
 import logging
 
 from swav import storage
 from swav.data.demo import DEMO_VERSION, write_demo_shards
 from swav.data.image_source import find_images, list_folder
 from swav.data.index import DatasetIndex, open_index
+from swav.data.reader import ShardReader
 from swav.data.write_shards import write_shards
 
 _logger = logging.getLogger(__name__)
@@ -31,17 +33,33 @@ def open_dataset(url: str) -> DatasetIndex:
             return open_index(url) if _has_index(url) or list_folder(path).tars else _shards_of_images(url)
         return _shards_of_images(url) if path.suffix.lower() in (".csv", ".jsonl") else open_index(url)
     except OSError as error:
-        cache = storage.cache_folder()
-        raise RuntimeError(
-            f"{url} cannot be prepared: {error}; if {cache} is full, free space there or set SWAV_CACHE to a larger "
-            "folder, then run the same command again"
-        ) from error
+        remedy = "mend that"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = f"free space in {storage.cache_folder()}, or set SWAV_CACHE to a larger folder"
+        raise RuntimeError(f"{url} cannot be prepared: {error}; {remedy}, then run the same command again") from error
 
 
 def has_labels(index: DatasetIndex) -> bool:
-    """Whether the first sample has a label; a data set has them all or none."""
-    shard, row = index.locate_one(0)
-    return bool(index.rows(shard)[row]["cls_offset"])
+    """Whether the samples have labels; reads the index, and one label.
+
+    Raises:
+        ValueError: some have and others have not, or the first label is no number.
+    """
+    first_without, labelled = -1, 0
+    for shard, start in enumerate(index.row_offsets[:-1].tolist()):
+        have = index.rows(shard)["cls_offset"] > 0
+        labelled += int(have.sum())
+        if first_without < 0 and not have.all():
+            first_without = start + int(have.argmin())
+    with ShardReader(index) as reader:
+        if 0 < labelled < index.num_samples:
+            raise ValueError(
+                f"{reader.name(first_without)} has no label (.cls), and {labelled} of {index.num_samples} samples have "
+                "one; label all or none"
+            )
+        if labelled:
+            reader.label(0)
+    return labelled > 0
 
 
 def _has_index(url: str) -> bool:

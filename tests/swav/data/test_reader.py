@@ -42,9 +42,10 @@ def test_samples_without_label_or_with_json(tmp_path: Path) -> None:
             reader.labels()
 
 
-def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.cls", b"dog")])
-    with _reader(tmp_path) as reader, pytest.raises(ValueError, match=r"x\.tar:a\.cls holds b'dog'"):
+@pytest.mark.parametrize("label", [b"dog", b"1.5", b"", b"9" * 20])
+def test_a_label_that_is_no_number_is_named(tmp_path: Path, label: bytes) -> None:
+    write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.cls", label)])
+    with _reader(tmp_path) as reader, pytest.raises(ValueError, match=rf"x\.tar:a\.cls holds {label!r}"):
         reader.label(0)
 
 

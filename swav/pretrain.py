@@ -19,7 +19,7 @@ from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.recipes import configure
 from swav.storage import write_atomic
-from swav.train import Stopped, enter_run_folder, evaluate, train
+from swav.train import Stopped, check_run_folder, evaluate, train
 
 EXIT_REFUSED = 64  # the command is wrong: another try will not help
 EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
@@ -44,7 +44,7 @@ def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]
     with process_group(device):
         sizes = image_sizes(config.evaluate)
         config = check_evaluation(config)
-        enter_run_folder(config, index, output)
+        check_run_folder(config, index, output)
         result: dict[str, dict[str, float]] = {}
         if config.evaluate is not None and config.evaluate.baselines:
             result["raw pixels"] = evaluate(nn.Flatten(), config, device)

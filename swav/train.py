@@ -73,7 +73,7 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
     Args:
         config: the run.
         index: the images.
-        output: the run's folder, the same on every rank; see :func:`enter_run_folder`.
+        output: the run's folder, the same on every rank; see :func:`check_run_folder`.
         device: where this rank computes.
 
     Returns:
@@ -89,6 +89,8 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
     warmup_steps = round(steps_per_epoch * config.optim.warmup_epochs)
     state = build_state(config, device)
     restore(state, index, output / "checkpoints")
+    if rank() == 0:
+        write_atomic(output / "config.json", to_json(config).encode())
     augment = Augment(config.augment, seed=config.seed, device=device, channels_last=config.runtime.channels_last)
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, index, output, device))
@@ -220,25 +222,22 @@ def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, devic
         )
 
 
-def enter_run_folder(config: PretrainConfig, index: DatasetIndex, output: Path) -> None:
-    """Record the run in its folder, or make sure that the folder holds this very run.
+def check_run_folder(config: PretrainConfig, index: DatasetIndex, output: Path) -> None:
+    """Make sure that the folder is free, or holds this very run, before anything is computed.
 
     Raises:
-        ValueError: it holds another one, or the run has too few lanes or images for this many ranks.
+        ValueError: it holds another run, or this one has too few lanes or images for so many ranks.
     """
     epoch_order(config, index, 0).check_world(world_size())
     path = output / "config.json"
-    barrier()
-    if path.exists():
-        differing = differing_keys(from_json(path.read_text()), config)
-        if differing:
-            raise ValueError(
-                f"{output} holds a run whose {', '.join(differing)} differ; continue it with its own settings, or give "
-                "another --output"
-            )
-    barrier()
-    if rank() == 0:
-        write_atomic(path, to_json(config).encode())
+    if not path.exists():
+        return
+    differing = differing_keys(from_json(path.read_text()), config)
+    if differing:
+        raise ValueError(
+            f"{output} holds a run whose {', '.join(differing)} differ; continue it with its own settings, or give "
+            "another --output"
+        )
 
 
 def snapshot(state: TrainState, config: PretrainConfig, index: DatasetIndex) -> dict[str, object]:

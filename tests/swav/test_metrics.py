@@ -119,7 +119,8 @@ def test_books_that_do_not_balance_are_a_defect(report: Report, counts: list[int
 
 def test_an_epochs_books_are_written(report: Report, tmp_path: Path) -> None:
     report.epoch(5, 0, torch.tensor([100, 3]))
-    assert lines(tmp_path / "metrics.jsonl")[-1] == dict(step=5, event="epoch", epoch=0, images=100, quarantined=3)
+    books = {"step": 5, "event": "epoch", "epoch": 0, "images": 100, "quarantined": 3}
+    assert lines(tmp_path / "metrics.jsonl")[-1] == books
 
 
 def test_too_many_broken_images_stop_the_run(report: Report) -> None:

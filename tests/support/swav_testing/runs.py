@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ STEPS_PER_EPOCH, EPOCHS = 5, 2
 NUM_STEPS = STEPS_PER_EPOCH * EPOCHS
 TINY = (
     "model.width=0.125",
+    "model.stem=3x3",
     "model.head_hidden=32",
     "model.embedding_dim=16",
     "method.num_prototypes=16",
+    "method.sinkhorn.epsilon=0.05",
     "crops.0.size_px=16",
     "crops.1.num_crops=2",
     "crops.1.size_px=12",
@@ -49,10 +51,13 @@ TINY = (
     "optim.final_lr=0.0005",
     "data.lanes=8",
     "runtime.device=cpu",
+    "runtime.precision=fp32",
     "runtime.loader_threads=1",
     "runtime.checkpoint_every_steps=3",  # not a divisor of the epoch: resumes fall inside it
     "runtime.log_every_steps=1",
     "evaluate.num_neighbors=[5]",
+    "evaluate.resize_px=24",
+    "evaluate.crop_px=24",
     "evaluate.baselines=false",
 )
 QUEUE = 'method.queue={"num_samples": 48, "start_epoch": 0}'
@@ -127,11 +132,23 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def start(words: list[str], cache: Path) -> multiprocessing.process.BaseProcess:
-    """Start the main job in a process of its own that has torch loaded already."""
-    process = _CONTEXT.Process(target=_main, args=(words, str(cache)))
+def start(
+    words: list[str], cache: Path, *, log: Path | None = None, max_file_bytes: int | None = None
+) -> multiprocessing.process.BaseProcess:
+    """Start the main job in a process of its own that has torch loaded already; ``log`` gets what it prints."""
+    process = _CONTEXT.Process(target=_main, args=(words, str(cache), log, max_file_bytes))
     process.start()
     return process
+
+
+def status_and_output(
+    words: list[str], cache: Path, log: Path, *, max_file_bytes: int | None = None
+) -> tuple[int, str]:
+    """Run the main job as :func:`start` has it; its exit status and what it printed."""
+    process = start(words, cache, log=log, max_file_bytes=max_file_bytes)
+    process.join(DEADLINE_SECONDS)
+    assert process.exitcode is not None
+    return process.exitcode, log.read_text()
 
 
 def run(words: list[str], cache: Path) -> None:
@@ -141,10 +158,15 @@ def run(words: list[str], cache: Path) -> None:
     assert process.exitcode == 0, f"exit status {process.exitcode}"
 
 
-def _main(words: list[str], cache: str) -> None:
+def _main(words: list[str], cache: str, log: Path | None, max_file_bytes: int | None) -> None:
     os.environ["SWAV_CACHE"] = cache
     torch.set_num_threads(1)
-    sys.exit(main(words))
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    with files_of_at_most(max_file_bytes) if max_file_bytes is not None else nullcontext():
+        sys.exit(main(words))
 
 
 def wait_for_step(output: Path, step: int, alive: Callable[[], bool]) -> None:

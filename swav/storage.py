@@ -72,7 +72,7 @@ def list_tars(url: Location) -> list[str]:
     path = local_path(url).absolute()
     if path.is_file():
         if path.suffix != ".tar":
-            raise ValueError(f"{url} is no .tar by its name; give a folder of images or tars, one unpacked tar, or a list")
+            raise ValueError(f"{url} is no .tar by name; give a folder of images or tars, a tar (unpacked) or a list")
         return [str(path)]
     folder, pattern = (path.parent, path.name) if has_pattern(url) else (path, "*.tar")
     if not folder.is_dir():

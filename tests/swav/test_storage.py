@@ -88,7 +88,7 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(ValueError, match=r"a\.jpg is no \.tar by its name; give a folder"):
+    with pytest.raises(ValueError, match=r"a\.jpg is no \.tar by name; give a folder"):
         storage.list_tars(str(tmp_path / "a.jpg"))
 
 

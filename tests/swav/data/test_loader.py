@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from swav.config import CropConfig
@@ -167,6 +169,68 @@ def test_broken_images_are_recorded_alike_for_any_number_of_threads() -> None:
         for _batch in loader_of(shards, num_threads=num_threads, on_quarantine=records.append).epoch(0):
             pass
     assert seen[0] == seen[1] == seen[2]
+
+
+DOT = encode(Image.new("RGB", (1, 1)))
+
+
+@st.composite
+def damaged_data(draw: st.DrawFn) -> tuple[list[int], set[int], EpochOrder]:
+    """Rows of shards, some of them empty; which samples are broken, often neighbours; and an order."""
+    rows = draw(st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda rows: sum(rows) >= 4))
+    total = sum(rows)
+    first, run = draw(st.integers(0, total - 1)), draw(st.integers(0, 15))
+    broken = draw(st.sets(st.integers(0, total - 1))) | set(range(first, min(first + run, total)))
+    broken.discard(draw(st.integers(0, total - 1)))  # one at least is sound
+    lanes = draw(st.sampled_from([3, 4, 6]))
+    order = EpochOrder(
+        np.array(rows),
+        chunk_rows=draw(st.integers(1, 4)),
+        seed=draw(st.integers(0, 99)),
+        epoch=draw(st.integers(0, 3)),
+        global_batch=lanes * draw(st.integers(1, 3)),
+        num_lanes=lanes,
+        window_chunks=draw(st.integers(1, 3)),
+    )
+    return rows, broken, order
+
+
+@settings(max_examples=60, deadline=None)
+@given(damaged_data())
+def test_every_sample_is_delivered_or_quarantined_exactly_once_by_any_number_of_ranks(
+    case: tuple[list[int], set[int], EpochOrder],
+) -> None:
+    rows, broken, order = case
+    images = [b"broken" if sample in broken else DOT for sample in range(sum(rows))]
+    offsets = np.concatenate([[0], np.cumsum(rows)])
+    crops = (CropConfig(num_crops=2, size_px=8, scale=(0.5, 1.0)),)
+    smallest = min(order.batch_size(step) for step in range(order.num_steps))
+    for world_size in range(1, min(smallest, 3) + 1):
+        delivered: list[int] = []
+        replaced: list[int] = []
+        recorded: set[int] = set()
+        for rank in range(world_size):
+            records: list[Quarantined] = []
+            loader = Loader(
+                Shards(images),
+                lambda _: order,
+                crops,
+                substitutes=lambda sample: substitutes(offsets, sample),
+                seed=0,
+                num_threads=2,
+                rank=rank,
+                world_size=world_size,
+                max_quarantined=len(broken),
+                on_quarantine=records.append,
+            )
+            for batch in loader.epoch(0):
+                delivered += batch.ids[~batch.substituted].tolist()
+                replaced += batch.ids[batch.substituted].tolist()
+            found = [record.sample_id for record in records]
+            assert len(set(found)) == len(found)
+            recorded |= set(found)
+        assert sorted(delivered) == [sample for sample in range(len(images)) if sample not in broken]
+        assert sorted(replaced) == sorted(recorded) == sorted(broken)
 
 
 def test_too_many_broken_images_stop_the_run() -> None:

@@ -19,7 +19,8 @@ def sinkhorn(scores_ABK: Tensor, *, epsilon: float, num_iters: int) -> Tensor:
     The plan is never formed: it is M = exp((scores - max) / epsilon) scaled by one vector per prototype and one per
     sample, so an iteration is two matrix-vector products and one all-reduce of K sums for all assign crops together.
     The paper's division by the total, and its 1/K and 1/B, cancel in the codes. A fourth, tiny all-reduce finds the
-    global maximum: any other shift that differs between ranks or samples would change the result.
+    global maximum: any other shift that differs between ranks or samples would change the result. Autocast does not
+    reach in here: its half-precision products would change the codes, or overflow.
 
     Args:
         scores_ABK: float [A, B, K], prototype scores of this rank's samples; B may differ between ranks.
@@ -40,9 +41,9 @@ def sinkhorn(scores_ABK: Tensor, *, epsilon: float, num_iters: int) -> Tensor:
     highest_A, span = _range_over_ranks(scores_ABK)
     if not span < float("inf"):
         raise FloatingPointError("a prototype score is not finite")
-    if span <= _LINEAR_RANGE * epsilon:
-        return _linear(scores_ABK, highest_A, epsilon, num_iters)
-    return _logarithmic(scores_ABK, highest_A, epsilon, num_iters)
+    solve = _linear if span <= _LINEAR_RANGE * epsilon else _logarithmic
+    with torch.autocast(scores_ABK.device.type, enabled=False):
+        return solve(scores_ABK, highest_A, epsilon, num_iters)
 
 
 def _range_over_ranks(scores_ABK: Tensor) -> tuple[Tensor, float]:

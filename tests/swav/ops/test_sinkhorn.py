@@ -74,6 +74,17 @@ def test_half_precision_scores_are_computed_in_fp32() -> None:
     assert np.abs(codes.double().numpy() - oracle_codes(scores.float(), 0.05, 3)).max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("epsilon", [0.05, 0.001])
+def test_autocast_does_not_reach_the_codes(dtype: torch.dtype, epsilon: float) -> None:
+    scores = torch.rand(2, 64, 30, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    expected = sinkhorn(scores, epsilon=epsilon, num_iters=3)
+    with torch.autocast("cpu", dtype=dtype):
+        codes = sinkhorn(scores, epsilon=epsilon, num_iters=3)
+    assert codes.dtype == torch.float32
+    assert torch.equal(codes, expected)
+
+
 def test_scores_are_left_as_they_were() -> None:
     scores = unit_scores(1, 8, 5, seed=4)
     before = scores.clone()

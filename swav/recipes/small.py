@@ -13,6 +13,7 @@ from swav.config import (
     OptimConfig,
     PretrainConfig,
     RuntimeConfig,
+    SinkhornConfig,
     SwavConfig,
 )
 from swav.recipes.base import NO_DATA
@@ -28,13 +29,23 @@ def demo() -> PretrainConfig:
     """The main job on embedded data: minutes on two CPU cores, with raw pixels and an untrained backbone for scale."""
     return PretrainConfig(
         name="demo",
-        method=SwavConfig(num_prototypes=128),
-        model=ModelConfig(arch="resnet18", width=0.5, stem="3x3", head_hidden=256),
-        data=DataConfig(url="demo/train", lanes=64),
-        crops=_CROPS,
-        augment=_AUGMENT,
-        optim=OptimConfig(global_batch=256, epochs=10, warmup_epochs=1, base_lr=0.6, final_lr=0.0006),
-        evaluate=EvaluateConfig(train_url="demo/train", test_url="demo/test", resize_px=32, crop_px=32, baselines=True),
+        method=SwavConfig(num_prototypes=300, sinkhorn=SinkhornConfig(epsilon=0.02)),
+        model=ModelConfig(arch="resnet18", width=0.25, head_hidden=256),
+        data=DataConfig(url="demo/train"),
+        crops=(
+            CropConfig(num_crops=2, size_px=48, scale=(0.3, 0.8)),
+            CropConfig(num_crops=2, size_px=32, scale=(0.2, 0.5)),
+        ),
+        augment=AugmentConfig(jitter_strength=0.5, grayscale_probability=0.3, blur_probability=0.0),
+        optim=OptimConfig(global_batch=64, epochs=15, warmup_epochs=1, base_lr=2.5, final_lr=0.0025),
+        evaluate=EvaluateConfig(
+            train_url="demo/train",
+            test_url="demo/test",
+            num_neighbors=(20,),
+            resize_px=48,
+            crop_px=48,
+            baselines=True,
+        ),
         runtime=RuntimeConfig(precision="fp32"),
     )
 

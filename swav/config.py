@@ -241,13 +241,13 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
 def differing_keys(one: PretrainConfig, other: PretrainConfig) -> list[str]:
     """Settings that change what is computed and differ between two runs.
 
-    How a run is carried out (``runtime``, precision apart), where its images lie, its name and its evaluation may
-    change while it runs.
+    How a run is carried out (``runtime``, precision apart), where its images lie, how many of them may be broken, its
+    name and its evaluation may change while it runs.
     """
     trees = [_ADAPTER.dump_python(config, mode="json") for config in (one, other)]
     for tree in trees:
         tree["precision"] = tree.pop("runtime")["precision"]
-        tree["data"].pop("url")
+        tree["data"] = {key: value for key, value in tree["data"].items() if key in ("lanes", "window_chunks")}
         tree.pop("name")
         tree.pop("evaluate")
     flat_one, flat_other = (dict(_flatten(tree)) for tree in trees)
@@ -267,6 +267,9 @@ def _step(node: Any, part: str, path: str, config: PretrainConfig) -> Any:
         return node[int(part)]
     if isinstance(node, dict) and part in node:
         return node[part]
+    if node is None:
+        group = path.removesuffix(f".{part}")
+        raise ValueError(f"{path} cannot be set while {group} is null; set {group} whole, as a JSON object")
     known = list(_keys(config))
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
     raise ValueError(f"unknown setting {path!r}; the nearest is {nearest[0]!r}")

@@ -35,8 +35,14 @@ class Features:
 
 
 def centre_crop(data: bytes, *, resize_px: int, crop_px: int) -> Tensor:
-    """Decode, resize the shorter side, cut the centre (appendix A.5): uint8 [3, crop_px, crop_px]."""
-    image = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+    """Decode, resize the shorter side, cut the centre (appendix A.5): uint8 [3, crop_px, crop_px].
+
+    Of an image more than four times as long as wide, the far ends go before the resize, which would make them huge.
+    """
+    pixels = decode_image(data)
+    limit = 4 * min(pixels.shape[:2])
+    top, left = (max(0, side - limit) // 2 for side in pixels.shape[:2])
+    image = torch.from_numpy(pixels[top : top + limit, left : left + limit]).permute(2, 0, 1)
     resized = TF.resize(image, [resize_px], antialias=True)
     cropped: Tensor = TF.center_crop(resized, [crop_px, crop_px])
     return cropped

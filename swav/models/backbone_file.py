@@ -44,7 +44,7 @@ def load_backbone(path: Path) -> BackboneFile:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["format"]
-    except (LookupError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (LookupError, TypeError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a backbone that swav wrote ({_first_line(error)})") from error
     if found != FORMAT:
         raise ValueError(f"{path} has the format {found!r}, this version reads {FORMAT!r}")

@@ -6,6 +6,7 @@ from torch import Tensor
 from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, world_size
 
 _CHUNK = 512
+_MAX_CLASSES = 1_000_000
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def knn_predict(
         Per k, predicted labels int64 [m].
 
     Raises:
-        ValueError: there are fewer train images than the largest k.
+        ValueError: there are fewer train images than the largest k, or a label is too large to count votes for.
     """
     largest = max(num_neighbors)
     num_train = int(all_reduce_sum(torch.tensor([len(train_labels)])))
@@ -43,6 +44,8 @@ def knn_predict(
     if available < largest:
         raise ValueError(f"k-NN with k={largest} needs as many train images, there are {available}; use a smaller k")
     num_classes = int(all_reduce_max(train_labels.max() + 1 if len(train_labels) else train_labels.new_zeros(())))
+    if num_classes > _MAX_CLASSES:
+        raise ValueError(f"the largest label is {num_classes - 1}; number the classes from 0, up to {_MAX_CLASSES - 1}")
     predictions: dict[int, list[Tensor]] = {k: [] for k in num_neighbors}
     for first in range(0, len(test_features), _CHUNK):
         chunk = test_features[first : first + _CHUNK]

@@ -17,6 +17,7 @@ from swav.config import (
     SinkhornConfig,
     SwavConfig,
     apply_overrides,
+    differing_keys,
     from_json,
     to_json,
 )
@@ -177,3 +178,17 @@ def test_runs_are_frozen(run: PretrainConfig) -> None:
 def test_lanes_are_the_largest_divisor_of_the_batch(run: PretrainConfig, batch: int, limit: int, expected: int) -> None:
     changed = apply_overrides(run, [f"optim.global_batch={batch}", f"data.lanes={limit}"])
     assert changed.num_lanes == expected
+
+
+def test_a_setting_inside_a_group_that_is_null_is_refused(run: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match="method.queue.num_samples cannot be set while method.queue is null"):
+        apply_overrides(run, ["method.queue=null", "method.queue.num_samples=3"])
+
+
+def test_what_may_change_while_a_run_goes_on(run: PretrainConfig) -> None:
+    changed = apply_overrides(
+        run, ["data.url=elsewhere", "data.max_quarantined_fraction=0.5", "runtime.log_every_steps=3", "name=other"]
+    )
+    assert differing_keys(run, changed) == []
+    changed = apply_overrides(run, ["optim.base_lr=0.5", "runtime.precision=fp16", "data.lanes=3"])
+    assert differing_keys(run, changed) == ["data.lanes", "optim.base_lr", "precision"]

@@ -52,3 +52,9 @@ def test_more_neighbours_than_images_are_refused() -> None:
     train, labels, test = data()
     with pytest.raises(ValueError, match="k=100 needs as many train images, there are 57"):
         knn_predict(train, labels, test, num_neighbors=(100,), temperature=0.07)
+
+
+def test_labels_that_votes_cannot_be_counted_for_are_refused() -> None:
+    train, labels, test = data()
+    with pytest.raises(ValueError, match="the largest label is 1000000000; number the classes from 0"):
+        knn_predict(train, labels + 10**9 - labels.max(), test, num_neighbors=(5,), temperature=0.07)

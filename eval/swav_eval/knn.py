@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
             test_url=options.test,
             num_neighbors=tuple(options.k),
             temperature=options.temperature,
-            resize_px=options.resize_px or sizes.resize_px,
-            crop_px=options.crop_px or sizes.crop_px,
+            resize_px=sizes.resize_px if options.resize_px is None else options.resize_px,
+            crop_px=sizes.crop_px if options.crop_px is None else options.crop_px,
         )
         with process_group(device):
             result = knn(options.backbone, config, device=device)

@@ -164,10 +164,11 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
     assert f"stopped on request after step {step} of {NUM_STEPS}" in err
 
 
-# float32 rounding that differs between worlds is amplified by every step (ReLUs that switch, batch norm over few
-# samples); the learning rate is low enough for it to stay below the 1e-4 that the losses may differ by. That the
-# computation itself is the same shows in float64: tests/swav/test_train.py.
-LOW_RATE = "optim.base_lr=0.005"
+# In float32 a ReLU input within 1e-5 of zero now and then falls on either side, as worlds round differently; in so
+# small a network one such switch changes gradients by 5 %. With a softer loss and a low learning rate that stays below
+# the 1e-4 that losses may differ by (4e-5 at a rate of 0.05). That the computation itself is the same, to 1e-11 and
+# with the usual loss, shows in float64: tests/swav/test_train.py.
+GENTLE = ("optim.base_lr=0.02", "method.temperature=0.5", "method.sinkhorn.epsilon=0.2", QUEUE)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def reference_of_one(
     tmp_path_factory: pytest.TempPathFactory, cache: Path, data: Path
 ) -> tuple[dict[tuple[int, int], list[int]], dict[int, float]]:
     output = tmp_path_factory.mktemp("one") / "reference"
-    delivered = run_ranks(1, recorded_run, str(data), str(output), str(cache), (LOW_RATE, QUEUE), None)
+    delivered = run_ranks(1, recorded_run, str(data), str(output), str(cache), GENTLE, None)
     return in_order(delivered), losses(output)
 
 
@@ -195,7 +196,7 @@ def test_a_run_resumed_by_another_number_of_ranks_goes_on(
     until: int | None,
 ) -> None:
     expected_batches, expected_losses = reference_of_one
-    stop_at, output, settings = 3, tmp_path / "run", (LOW_RATE, QUEUE)
+    stop_at, output, settings = 3, tmp_path / "run", GENTLE
     first = run_ranks(before, recorded_run, str(data), str(output), str(cache), settings, stop_at)
     assert checkpoint_steps(output / "checkpoints") == [stop_at]
     second = run_ranks(after, recorded_run, str(data), str(output), str(cache), settings, until)

@@ -127,12 +127,12 @@ def test_a_run_of_fp16_resumes_with_its_loss_scale(tmp_path: Path, cache: Path, 
     assert all(torch.equal(weights(tmp_path / "two")[name], value) for name, value in weights(tmp_path / "one").items())
 
 
-def test_the_memory_layout_does_not_change_the_run(tmp_path: Path, cache: Path, data: Path, reference: Path) -> None:
-    run(arguments(data, tmp_path / "run", "runtime.channels_last=false"), cache)
-    first = {step: loss for step, loss in losses(tmp_path / "run").items() if step <= 5}
-    # Other kernels round otherwise, and training amplifies that (see tests/e2e/test_resume.py): the first epoch only.
-    assert first == pytest.approx({step: losses(reference)[step] for step in first}, rel=1e-3)
-    assert losses(tmp_path / "run")[1] == pytest.approx(losses(reference)[1], rel=1e-5)
+def test_the_memory_layout_does_not_change_the_run(tmp_path: Path, cache: Path, data: Path) -> None:
+    gentle = ("optim.base_lr=0.02", "method.temperature=0.5", "method.sinkhorn.epsilon=0.2")  # as tests/e2e has it
+    for layout in ("true", "false"):
+        run(arguments(data, tmp_path / layout, *gentle, f"runtime.channels_last={layout}"), cache)
+    assert losses(tmp_path / "true") != losses(tmp_path / "false")  # other kernels round otherwise
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
 COMPILE = ("runtime.compile=true", "optim.epochs=1", "optim.warmup_epochs=0", "evaluate=null")

@@ -57,7 +57,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     output = tmp_path / "killed"
     for _ in range(3):
         process = start(arguments(data, output, *settings), cache)
-        target = min(last_step(output) + draw.randint(1, 4), NUM_STEPS)
+        target = min(last_step(output) + draw.randint(1, 4), NUM_STEPS - 3)
         wait_for_step(output, target, process.is_alive)
         assert process.pid is not None
         kill_tree(process.pid)
@@ -99,7 +99,7 @@ def test_a_stopped_command_saves_and_says_so(
     run(arguments(data, tmp_path / "reference", *never), cache)
     output = tmp_path / "stopped"
     process = command_line("swav.pretrain", *arguments(data, output, *never), cache=cache)
-    wait_for_step(output, draw.randint(1, 6), lambda: process.poll() is None)
+    wait_for_step(output, draw.randint(1, 5), lambda: process.poll() is None)
     process.send_signal(signum)
     status, _, err = finish(process)
     assert status == 75, err
@@ -124,7 +124,7 @@ def test_a_killed_torchrun_ends_as_one_that_was_not(
     output = tmp_path / "killed"
     words = arguments(data, output, QUEUE)
     process = command_line("swav.pretrain", *words, cache=cache, ranks=2)
-    wait_for_step(output, draw.randint(1, NUM_STEPS - 2), lambda: process.poll() is None)
+    wait_for_step(output, draw.randint(1, NUM_STEPS - 3), lambda: process.poll() is None)
     kill_tree(process.pid)  # the node is gone: launcher and ranks at once
     assert finish(process)[0] == -signal.SIGKILL
     process = command_line("swav.pretrain", *words, cache=cache, ranks=2)

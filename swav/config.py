@@ -11,6 +11,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+# Of ImageNet's colours, in 0..1; every image is normalised by them.
+COLOUR_MEAN = (0.485, 0.456, 0.406)
+COLOUR_STD = (0.229, 0.224, 0.225)
+
 _CHECKED = ConfigDict(extra="forbid")
 
 
@@ -42,8 +46,6 @@ class AugmentConfig:
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
 
-from swav.config import AugmentConfig, EvaluateConfig
+from swav.config import COLOUR_MEAN, COLOUR_STD, EvaluateConfig
 from swav.data.decode import decode_image
 from swav.data.index import DatasetIndex
 from swav.data.reader import ShardReader
-from swav.data.source import open_dataset
 from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, share, world_size
 from swav.ops.knn import knn_predict
 
@@ -32,6 +31,20 @@ class Features:
     offset: int  # of this rank's first row among all
     total: int  # rows of all ranks
     num_broken: int  # images of all ranks that could not be decoded; they have no row
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """An evaluation whose images have been opened."""
+
+    config: EvaluateConfig
+    train: DatasetIndex
+    test: DatasetIndex | None  # None: leave one out of ``train``
+
+    @property
+    def num_voters(self) -> int:
+        """How many labelled images may vote on another."""
+        return self.train.num_samples - (self.test is None)
 
 
 def centre_crop(data: bytes, *, resize_px: int, crop_px: int) -> Tensor:
@@ -65,7 +78,7 @@ def extract_features(
         ValueError: an image has no label.
     """
     first, last = share(index.num_samples, rank(), world_size())
-    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in _mean_and_std())
+    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (COLOUR_MEAN, COLOUR_STD))
     was_training = network.training
     network.eval()
     values, labels, num_broken = [], [], 0
@@ -77,11 +90,6 @@ def extract_features(
             labels.append(batch_labels.to(device))
     network.train(was_training)
     return _with_place(values, labels, num_broken, device)
-
-
-def _mean_and_std() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    defaults = AugmentConfig()
-    return defaults.mean, defaults.std
 
 
 def _batches(
@@ -168,20 +176,20 @@ def knn_accuracies(train: Features, test: Features | None, config: EvaluateConfi
 
 
 def evaluate_backbone(
-    network: nn.Module, config: EvaluateConfig, *, device: torch.device, num_threads: int
+    network: nn.Module, evaluation: Evaluation, *, device: torch.device, num_threads: int
 ) -> dict[str, float]:
     """Accuracy of k-NN on a network's features, by name: ``{"knn_20": 0.59, ...}``.
 
     Args:
         network: as :func:`extract_features` takes it.
-        config: which images, and the protocol.
+        evaluation: which images, and the protocol.
         device: where the network is.
         num_threads: decoding threads of this rank.
     """
 
-    def features_of(url: str) -> Features:
-        return extract_features(network, open_dataset(url), config, device=device, num_threads=num_threads)
+    def features_of(index: DatasetIndex) -> Features:
+        return extract_features(network, index, evaluation.config, device=device, num_threads=num_threads)
 
-    train = features_of(config.train_url)
-    test = features_of(config.test_url) if config.test_url is not None else None
-    return {f"knn_{k}": accuracy for k, accuracy in knn_accuracies(train, test, config).items()}
+    train = features_of(evaluation.train)
+    test = features_of(evaluation.test) if evaluation.test is not None else None
+    return {f"knn_{k}": accuracy for k, accuracy in knn_accuracies(train, test, evaluation.config).items()}

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -114,16 +114,21 @@ class Report:
         if self._log is not None:
             self._log.close()
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass the batches on, adding up how long the loop waits for them."""
-        iterator = iter(batches)
-        while True:
-            before = time.monotonic()
-            batch = next(iterator, None)
-            self._waited_seconds += time.monotonic() - before
-            if batch is None:
-                return
-            yield batch
+    @contextlib.contextmanager
+    def timed(self, batches: Generator[T]) -> Iterator[Iterator[T]]:
+        """Pass the batches on, adding up how long the loop waits for them; leaving the block ends them."""
+
+        def pass_on() -> Iterator[T]:
+            while True:
+                before = time.monotonic()
+                batch = next(batches, None)
+                self._waited_seconds += time.monotonic() - before
+                if batch is None:
+                    return
+                yield batch
+
+        with contextlib.closing(batches):
+            yield pass_on()
 
     @contextlib.contextmanager
     def explained_divergence(self, step: int) -> Iterator[None]:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -15,12 +14,14 @@ from swav.config import EvaluateConfig, PretrainConfig
 from swav.data.index import DatasetIndex
 from swav.data.source import has_labels, open_dataset
 from swav.distributed import pick_device, process_group, rank
+from swav.features import Evaluation
 from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.recipes import configure
 from swav.storage import write_atomic
 from swav.train import Stopped, check_run_folder, evaluate, train
 
+EXIT_FAILED = 1  # something in the world went wrong: mend it, and the same command goes on
 EXIT_REFUSED = 64  # the command is wrong: another try will not help
 EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
 
@@ -40,52 +41,77 @@ def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]
         RuntimeError: see :func:`swav.train.train`.
     """
     device = pick_device(config.runtime.device)
+    check_output(output)
     index = open_dataset(config.data.url)
+    evaluation = open_evaluation(config, index)
+    if index.num_samples < config.optim.global_batch:
+        _logger.warning(
+            "%s has %d images, fewer than optim.global_batch=%d: a step takes them all, at a learning rate for more",
+            *(config.data.url, index.num_samples, config.optim.global_batch),
+        )
     with process_group(device):
-        sizes = image_sizes(config.evaluate)
-        config = check_evaluation(config)
         check_run_folder(config, index, output)
         result: dict[str, dict[str, float]] = {}
-        if config.evaluate is not None and config.evaluate.baselines:
-            result["raw pixels"] = evaluate(nn.Flatten(), config, device)
-            result["random backbone"] = evaluate(build_backbone(config).to(device), config, device)
-        method = train(config, index, output, device)
-        if config.evaluate is not None:
-            result["trained backbone"] = evaluate(method.backbone, config, device)
+        if evaluation is not None and evaluation.config.baselines:
+            result["raw pixels"] = evaluate(nn.Flatten(), evaluation, config, device)
+            result["random backbone"] = evaluate(build_backbone(config).to(device), evaluation, config, device)
+        method = train(config, index, output, device, evaluation)
         if rank() == 0:
-            save_backbone(method.backbone, config.model, output / "backbone.pt", **sizes)
+            save_backbone(method.backbone, config.model, output / "backbone.pt", **image_sizes(config.evaluate))
+        if evaluation is not None:
+            result["trained backbone"] = evaluate(method.backbone, evaluation, config, device)
+        if rank() == 0:
             write_atomic(output / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def check_evaluation(config: PretrainConfig) -> PretrainConfig:
-    """Find out before training whether the evaluation after it can be done; without labels, drop it and say so.
+def check_output(output: Path) -> None:
+    """Find out before anything is computed whether the run's folder can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output {output}: {there} is a file; give a folder, new or of this run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output} cannot be written below {there}; give a folder that can")
+
+
+def open_evaluation(config: PretrainConfig, index: DatasetIndex) -> Evaluation | None:
+    """Find out before training whether the evaluation after it can be done; None where there is none, or no labels.
+
+    Args:
+        config: the run.
+        index: its training images, which need not be opened again if the evaluation has them too.
 
     Raises:
         ValueError: the evaluation asks for more neighbours than there are images, or for unlabelled test images.
     """
-    if config.evaluate is None:
-        return config
-    voters = open_dataset(config.evaluate.train_url)
-    if not has_labels(voters):
-        if rank() == 0:
-            _logger.info(
-                "%s has no labels, so there will be no k-NN accuracy; give some with evaluate.train_url=FOLDER",
-                config.evaluate.train_url,
-            )
-        return replace(config, evaluate=None)
-    if config.evaluate.test_url is not None and not has_labels(open_dataset(config.evaluate.test_url)):
-        raise ValueError(
-            f"evaluate.test_url={config.evaluate.test_url} has no labels; give labelled images, or "
-            "evaluate.test_url=null to classify each of evaluate.train_url by the others"
+    wanted = config.evaluate
+    if wanted is None:
+        return None
+    train_images = index if wanted.train_url == config.data.url else open_dataset(wanted.train_url)
+    if not has_labels(train_images):
+        _logger.info(
+            "%s has no labels, so there will be no k-NN accuracy; give some with evaluate.train_url=FOLDER",
+            wanted.train_url,
         )
-    largest, available = max(config.evaluate.num_neighbors), num_voters(voters, config)
-    if largest > available:
+        return None
+    test_images = open_dataset(wanted.test_url) if wanted.test_url is not None else None
+    if test_images is not None and not has_labels(test_images):
         raise ValueError(
-            f"evaluate.num_neighbors={list(config.evaluate.num_neighbors)}, but {config.evaluate.train_url} has only "
-            f"{available} images to vote; set evaluate.num_neighbors=[{max(1, available // 10)}]"
+            f"evaluate.test_url={wanted.test_url} has no labels; give labelled images, or evaluate.test_url=null to "
+            "classify each of evaluate.train_url by the others"
         )
-    return config
+    evaluation = Evaluation(wanted, train_images, test_images)
+    if max(wanted.num_neighbors) > evaluation.num_voters:
+        fewer = max(1, evaluation.num_voters // 10)
+        raise ValueError(
+            f"evaluate.num_neighbors={list(wanted.num_neighbors)}, but {wanted.train_url} has only "
+            f"{evaluation.num_voters} images to vote; set evaluate.num_neighbors=[{fewer}]"
+        )
+    return evaluation
 
 
 def image_sizes(evaluation: EvaluateConfig | None) -> dict[str, int]:
@@ -95,10 +121,12 @@ def image_sizes(evaluation: EvaluateConfig | None) -> dict[str, int]:
     return {"resize_px": evaluation.resize_px, "crop_px": evaluation.crop_px}
 
 
-def num_voters(voters: DatasetIndex, config: PretrainConfig) -> int:
-    """How many labelled images may vote on another."""
-    leave_one_out = config.evaluate is not None and config.evaluate.test_url is None
-    return voters.num_samples - leave_one_out
+def raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package, not of one below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("swav")
 
 
 def describe(result: dict[str, dict[str, float]], output: Path) -> str:
@@ -126,13 +154,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             result = pretrain(configure(options.recipe, data=options.data, overrides=options.overrides), output)
-    except ValueError as error:
-        _logger.error("error: %s", error)
-        _logger.debug("where it was refused", exc_info=True)
-        return EXIT_REFUSED
     except Stopped as stopped:
         _logger.info("%s; run the same command to go on", stopped)
         return EXIT_STOPPED
+    except (ValueError, RuntimeError, OSError) as error:
+        # What this package raises says all in its message; what comes from below is told with its place.
+        _logger.error("error: %s", error, exc_info=not raised_here(error))
+        return EXIT_REFUSED if isinstance(error, ValueError) else EXIT_FAILED
     if first:
         sys.stdout.write(describe(result, output) + "\n")
     return 0

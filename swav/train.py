@@ -33,7 +33,7 @@ from swav.distributed import (
     rank,
     world_size,
 )
-from swav.features import evaluate_backbone
+from swav.features import Evaluation, evaluate_backbone
 from swav.methods import build_method
 from swav.methods.base import Method, MethodOutput
 from swav.metrics import Report, quarantine_budget
@@ -67,7 +67,13 @@ class TrainState:
     counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
 
-def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: torch.device) -> Method:
+def train(
+    config: PretrainConfig,
+    index: DatasetIndex,
+    output: Path,
+    device: torch.device,
+    evaluation: Evaluation | None = None,
+) -> Method:
     """Pretrain to the end, taking up the newest checkpoint in ``output`` where there is one.
 
     Args:
@@ -75,6 +81,7 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
         index: the images.
         output: the run's folder, the same on every rank; see :func:`check_run_folder`.
         device: where this rank computes.
+        evaluation: what to do every ``evaluate.every_epochs`` epochs.
 
     Returns:
         The trained method.
@@ -103,40 +110,42 @@ def train(config: PretrainConfig, index: DatasetIndex, output: Path, device: tor
         )
         # A checkpoint at an epoch's end is older than its books: the rest of that epoch is empty, and they are closed.
         for epoch in range(max(state.step - 1, 0) // steps_per_epoch, config.optim.epochs):
-            for raw in report.timed(loader.epoch(epoch, state.step - epoch * steps_per_epoch)):
-                lr = warmup_cosine(
-                    state.step,
-                    num_steps=num_steps,
-                    warmup_steps=warmup_steps,
-                    start_lr=config.optim.start_lr,
-                    base_lr=config.optim.base_lr,
-                    final_lr=config.optim.final_lr,
-                )
-                with report.explained_divergence(state.step):
-                    result = train_step(state, augment(raw), lr=lr, precision=config.runtime.precision)
-                state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
-                report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
-                stopping = any_rank(stop.is_set)
-                if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
-                    report.check_finite()
-                    writer.save(state.step, snapshot(state, config, index))
-                if stopping:
-                    writer.wait()
-                    barrier()  # a launcher that sees one rank end may kill the one that writes
-                    raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
+            with report.timed(loader.epoch(epoch, state.step - epoch * steps_per_epoch)) as batches:
+                for raw in batches:
+                    lr = warmup_cosine(
+                        state.step,
+                        num_steps=num_steps,
+                        warmup_steps=warmup_steps,
+                        start_lr=config.optim.start_lr,
+                        base_lr=config.optim.base_lr,
+                        final_lr=config.optim.final_lr,
+                    )
+                    with report.explained_divergence(state.step):
+                        result = train_step(state, augment(raw), lr=lr, precision=config.runtime.precision)
+                    state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
+                    report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
+                    stopping = any_rank(stop.is_set)
+                    if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
+                        report.check_finite()
+                        writer.save(state.step, snapshot(state, config, index))
+                    if stopping:
+                        writer.wait()
+                        barrier()  # a launcher that sees one rank end may kill the one that writes
+                        raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
             report.epoch(state.step, epoch, all_reduce_sum(state.counts.clone()))
             state.counts.zero_()
-            if config.evaluate and config.evaluate.every_epochs and (epoch + 1) % config.evaluate.every_epochs == 0:
-                report.knn(state.step, evaluate(state.method.backbone, config, device))
+            if evaluation and evaluation.config.every_epochs and (epoch + 1) % evaluation.config.every_epochs == 0:
+                report.knn(state.step, evaluate(state.method.backbone, evaluation, config, device))
     return state.method
 
 
-def evaluate(network: nn.Module, config: PretrainConfig, device: torch.device) -> dict[str, float]:
-    """k-NN accuracies of a network as the run's own evaluation has it."""
-    assert config.evaluate is not None
+def evaluate(
+    network: nn.Module, evaluation: Evaluation, config: PretrainConfig, device: torch.device
+) -> dict[str, float]:
+    """k-NN accuracies of a network, as equal on every rank as the network is."""
     copy_from_first_rank(network.buffers())  # batch norm may have had statistics of some ranks only
     num_threads = config.runtime.loader_threads or cores_of_rank()
-    return evaluate_backbone(network, config.evaluate, device=device, num_threads=num_threads)
+    return evaluate_backbone(network, evaluation, device=device, num_threads=num_threads)
 
 
 def train_step(state: TrainState, batch: CropBatch, *, lr: float, precision: str) -> MethodOutput:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swav import rng
-from swav.config import AugmentConfig
+from swav.config import COLOUR_MEAN, COLOUR_STD, AugmentConfig
 from swav.data import colour
 from swav.data.batch import CropBatch, RawBatch
 
@@ -61,9 +61,9 @@ class Augment:
         self.seed = seed
         self.device = torch.device(device)
         self.channels_last = channels_last
-        std = torch.tensor(config.std)
+        std = torch.tensor(COLOUR_STD)
         self._scale = (1 / std).view(3, 1, 1, 1).to(self.device)
-        self._shift = (-torch.tensor(config.mean) / std).view(3, 1, 1, 1).to(self.device)
+        self._shift = (-torch.tensor(COLOUR_MEAN) / std).view(3, 1, 1, 1).to(self.device)
 
     def __call__(self, raw: RawBatch) -> CropBatch:
         """Augment one batch; CUDA work is queued, not waited for.

@@ -8,7 +8,7 @@ they nor ``torch.set_num_threads`` in the main thread disturb one another.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
@@ -115,7 +115,7 @@ class Loader:
                 f"rank {self.rank} of {self.world_size}"
             )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
         """Stream an epoch from a step on; the batches equal those of an uninterrupted epoch.
 
         A broken sample is reported once, and its place goes to the first sound substitute, cut by the draws of the
@@ -131,7 +131,7 @@ class Loader:
             raise ValueError(f"cannot start at step {start_step} of an epoch of {order.num_steps} steps")
         return self._batches(order, epoch, start_step)
 
-    def _batches(self, order: SampleOrder, epoch: int, start_step: int) -> Iterator[RawBatch]:
+    def _batches(self, order: SampleOrder, epoch: int, start_step: int) -> Generator[RawBatch]:
         quarantined: dict[int, Quarantined] = {}
         steps = iter(range(start_step, order.num_steps))
         stop = threading.Event()

@@ -181,7 +181,7 @@ def test_lanes_are_the_largest_divisor_of_the_batch(run: PretrainConfig, batch: 
 
 
 def test_a_setting_inside_a_group_that_is_null_is_refused(run: PretrainConfig) -> None:
-    with pytest.raises(ValueError, match="cannot be set while method[.]queue is null"):
+    with pytest.raises(ValueError, match=r"cannot be set while method\.queue is null"):
         apply_overrides(run, ["method.queue=null", "method.queue.num_samples=3"])
 
 

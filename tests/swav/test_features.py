@@ -14,7 +14,7 @@ from swav import features
 from swav.config import EvaluateConfig
 from swav.data.decode import decode_image
 from swav.data.source import open_dataset
-from swav.features import Features, evaluate_backbone, extract_features, knn_accuracies
+from swav.features import Evaluation, Features, evaluate_backbone, extract_features, knn_accuracies
 from swav.models.resnet import ResNet
 
 CPU = torch.device("cpu")
@@ -71,7 +71,8 @@ def accuracies_here(train: str, test: str | None, cache: str) -> dict[str, float
     os.environ["SWAV_CACHE"] = cache
     features._BATCH = 16
     config = config_of(Path(train), Path(test) if test else None, neighbors=(1, 5, 30))
-    return evaluate_backbone(network(), config, device=CPU, num_threads=1)
+    evaluation = Evaluation(config, open_dataset(train), open_dataset(test) if test else None)
+    return evaluate_backbone(network(), evaluation, device=CPU, num_threads=1)
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])

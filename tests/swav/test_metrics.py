@@ -135,7 +135,10 @@ def test_a_handful_of_broken_images_is_always_borne(num_samples: int, fraction: 
 
 
 def test_what_a_step_says(report: Report, tmp_path: Path) -> None:
-    list(report.timed([1, 2]))
+    batches = (number for number in range(3))
+    with report.timed(batches) as passed_on:
+        assert next(passed_on) == 0
+    assert list(batches) == []  # leaving early has ended them
     note(report, 1, 4.5)
     (line,) = [event for event in lines(tmp_path / "metrics.jsonl") if "loss" in event]
     assert line["loss"] == 4.5

@@ -31,6 +31,7 @@ from swav.data.augment import Augment
 from swav.data.batch import CropBatch, RawBatch
 from swav.data.source import open_dataset
 from swav.distributed import rank
+from swav.features import Evaluation
 from swav.methods.base import Method, MethodOutput
 from swav.models import batchnorm
 from swav.pretrain import pretrain
@@ -160,7 +161,6 @@ def test_a_traced_run_computes_the_same(tmp_path: Path, cache: Path) -> None:
     assert expected.keys() == found.keys()  # names do not show that it was compiled
 
 
-@pytest.mark.skipif("SWAV_SLOW_TESTS" not in os.environ, reason="takes a minute; set SWAV_SLOW_TESTS=1")
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_computes_the_same(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_scenes(tmp_path / "data", (48,))
@@ -194,7 +194,8 @@ def grouped_run(data: str, output: str, cache: str, group: int) -> list[torch.Te
     os.environ["SWAV_CACHE"] = cache
     index = open_dataset(data)
     method = train.train(small, index, Path(output), CPU)
-    train.evaluate(method.backbone, small, CPU)
+    assert small.evaluate is not None
+    train.evaluate(method.backbone, Evaluation(small.evaluate, index, None), small, CPU)
     return [*means, running_mean(method)]
 
 

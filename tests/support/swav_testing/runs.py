@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,7 @@ class RecordingLoader(loader_module.Loader):
     delivered: list[tuple[int, int, int, list[int]]]
     stop_before: int | None
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
         for batch in super().epoch(epoch, start_step):
             self.delivered.append((epoch, batch.step, batch.global_offset, batch.ids.tolist()))
             if self.stop_before is not None and epoch * STEPS_PER_EPOCH + batch.step + 1 == self.stop_before:

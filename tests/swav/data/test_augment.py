@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from swav import rng
-from swav.config import AugmentConfig
+from swav.config import COLOUR_MEAN, COLOUR_STD, AugmentConfig
 from swav.data.augment import Augment
 from swav.data.batch import RawBatch
 
@@ -86,7 +86,7 @@ def one_by_one(image: Tensor, draws: list[float], config: AugmentConfig) -> Tens
     if draws[8] < config.blur_probability and radius:
         low, high = config.blur_sigma
         pixels = tv.gaussian_blur(pixels, [2 * radius + 1] * 2, [low + (high - low) * draws[9]] * 2)
-    return tv.normalize(pixels, list(config.mean), list(config.std))
+    return tv.normalize(pixels, list(COLOUR_MEAN), list(COLOUR_STD))
 
 
 CONFIGS = {

@@ -6,7 +6,7 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -300,9 +300,9 @@ def test_a_failing_reader_stops_the_run_and_is_named(shards: Shards) -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def leave_early(batches: Iterator[RawBatch]) -> None:
+def leave_early(batches: Generator[RawBatch]) -> None:
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def read_all(batches: Iterator[RawBatch]) -> None:
@@ -352,7 +352,7 @@ def test_the_loader_works_ahead_no_further_than_asked(shards: Shards) -> None:
     while counting.reads < 24 and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     assert counting.reads == 24  # the batch at hand and the next
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def test_a_batch_stays_as_it_is_while_others_come(shards: Shards) -> None:

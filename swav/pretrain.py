@@ -17,13 +17,10 @@ from swav.distributed import pick_device, process_group, rank
 from swav.features import Evaluation
 from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
+from swav.program import run
 from swav.recipes import configure
 from swav.storage import write_atomic
-from swav.train import Stopped, check_run_folder, evaluate, train
-
-EXIT_FAILED = 1  # something in the world went wrong: mend it, and the same command goes on
-EXIT_REFUSED = 64  # the command is wrong: another try will not help
-EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
+from swav.train import check_run_folder, evaluate, train
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]
 
     Raises:
         ValueError: the run cannot be carried out as asked.
-        Stopped: see :func:`swav.train.train`.
+        swav.program.Stopped: see :func:`swav.train.train`.
         RuntimeError: see :func:`swav.train.train`.
     """
     device = pick_device(config.runtime.device)
@@ -121,14 +118,6 @@ def image_sizes(evaluation: EvaluateConfig | None) -> dict[str, int]:
     return {"resize_px": evaluation.resize_px, "crop_px": evaluation.crop_px}
 
 
-def raised_here(error: BaseException) -> bool:
-    """Whether an error was raised by a line of this package, not of one below it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("swav")
-
-
 def describe(result: dict[str, dict[str, float]], output: Path) -> str:
     """The result for a person."""
     lines = [f"backbone: {output / 'backbone.pt'}"]
@@ -151,19 +140,14 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or Path("runs") / options.recipe
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    try:
+
+    def body() -> None:
         with logging_redirect_tqdm():
             result = pretrain(configure(options.recipe, data=options.data, overrides=options.overrides), output)
-    except Stopped as stopped:
-        _logger.info("%s; run the same command to go on", stopped)
-        return EXIT_STOPPED
-    except (ValueError, RuntimeError, OSError) as error:
-        # What this package raises says all in its message; what comes from below is told with its place.
-        _logger.error("error: %s", error, exc_info=not raised_here(error))
-        return EXIT_REFUSED if isinstance(error, ValueError) else EXIT_FAILED
-    if first:
-        sys.stdout.write(describe(result, output) + "\n")
-    return 0
+        if first:
+            sys.stdout.write(describe(result, output) + "\n")
+
+    return run(body)
 
 
 if __name__ == "__main__":

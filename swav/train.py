@@ -40,6 +40,7 @@ from swav.metrics import Report, quarantine_budget
 from swav.models.batchnorm import synchronize
 from swav.optim.lars import LARS, parameter_groups
 from swav.optim.schedule import warmup_cosine
+from swav.program import Stopped
 from swav.storage import write_atomic
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,10 +49,6 @@ _DDP_SETTINGS = inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {  # torch 2.14 has renamed it
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_SETTINGS else "broadcast_buffers": False
 }
-
-
-class Stopped(Exception):  # noqa: N818  (a request that was met, not an error)
-    """The run was asked to stop and has saved its state; the same command takes it up again."""
 
 
 @dataclass(slots=True)

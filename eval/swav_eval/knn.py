@@ -19,9 +19,8 @@ from swav.data.source import open_dataset
 from swav.distributed import cores_of_rank, pick_device, process_group, rank
 from swav.features import extract_features, knn_accuracies
 from swav.models.backbone_file import load_backbone
+from swav.program import run
 from swav.storage import write_atomic
-
-_logger = logging.getLogger(__name__)
 
 
 def knn(backbone: Path, config: EvaluateConfig, *, device: torch.device) -> dict[str, Any]:
@@ -80,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def body() -> None:
         device = pick_device(options.device)
         sizes = load_backbone(options.backbone)
         config = EvaluateConfig(
@@ -98,10 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
                 sys.stdout.write(text)
                 if options.output is not None:
                     write_atomic(options.output, text.encode())
-    except ValueError as error:
-        _logger.error("error: %s", error)
-        return 64
-    return 0
+
+    return run(body)
 
 
 if __name__ == "__main__":

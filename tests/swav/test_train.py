@@ -35,6 +35,7 @@ from swav.features import Evaluation
 from swav.methods.base import Method, MethodOutput
 from swav.models import batchnorm
 from swav.pretrain import pretrain
+from swav.program import Stopped
 
 CPU = torch.device("cpu")
 
@@ -129,14 +130,14 @@ def test_a_run_of_fp16_resumes_with_its_loss_scale(tmp_path: Path, cache: Path, 
 
 
 def test_the_memory_layout_does_not_change_the_run(tmp_path: Path, cache: Path, data: Path) -> None:
-    gentle = ("optim.base_lr=0.02", "method.temperature=0.5", "method.sinkhorn.epsilon=0.2")  # as tests/e2e has it
     for layout in ("true", "false"):
-        run(arguments(data, tmp_path / layout, *gentle, f"runtime.channels_last={layout}"), cache)
+        run(arguments(data, tmp_path / layout, *GENTLE, f"runtime.channels_last={layout}"), cache)
     assert losses(tmp_path / "true") != losses(tmp_path / "false")  # other kernels round otherwise
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
-COMPILE = ("runtime.compile=true", "optim.epochs=1", "optim.warmup_epochs=0", "evaluate=null")
+GENTLE = ("optim.base_lr=0.02", "method.temperature=0.5", "method.sinkhorn.epsilon=0.2")  # as tests/e2e has it
+COMPILE = ("runtime.compile=true", "optim.epochs=1", "optim.warmup_epochs=0", "evaluate=null", *GENTLE)
 
 
 def traced_run(data: str, output: str, cache: str, overrides: tuple[str, ...]) -> None:
@@ -305,7 +306,7 @@ def stop_with_slow_writes(data: str, output: str, cache: str) -> list[int]:
         return train_step(state, *args, **settings)
 
     vars(train)["train_step"] = spy
-    with pytest.raises(train.Stopped, match="after step 2 of 10; its state is saved"):
+    with pytest.raises(Stopped, match="after step 2 of 10; its state is saved"):
         pretrain(tiny_config(data), Path(output))
     return checkpoint_steps(Path(output) / "checkpoints")
 
@@ -342,7 +343,7 @@ def test_a_stopped_run_in_this_process_is_taken_up(
         return step_of[0](state, *args, **settings)
 
     monkeypatch.setattr(train, "train_step", spy)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
         pretrain(tiny_config(data), tmp_path / "run")
     assert checkpoint_steps(tmp_path / "run" / "checkpoints")[0] == 7
     monkeypatch.undo()

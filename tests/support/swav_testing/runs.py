@@ -24,6 +24,7 @@ from swav.config import PretrainConfig
 from swav.data import loader as loader_module
 from swav.data.batch import RawBatch
 from swav.pretrain import main, pretrain
+from swav.program import Stopped
 from swav.recipes import configure
 
 ROOT = Path(__file__).parents[3]
@@ -267,7 +268,7 @@ def recorded_run(
     try:
         pretrain(tiny_config(data, *overrides), Path(output))
         assert stop_at is None
-    except swav.train.Stopped:
+    except Stopped:
         assert stop_at is not None
     return RecordingLoader.delivered
 

@@ -6,8 +6,8 @@ What both change against the paper, and why:
   of a small image would be a blur of a few pixels. For the same reason there is no Gaussian blur, and colours are
   distorted half as much.
 - Epsilon is smaller. Training starts with features that hardly agree between two crops. Codes are sharper than
-  predictions by temperature / epsilon; where that ratio times the agreement is below 1, predictions shrink, and the loss
-  stays at log(K). The paper's ratio of 2 needs its long schedule; short runs need more.
+  predictions by temperature / epsilon; where that ratio times the agreement is below 1, predictions shrink, and the
+  loss stays at log(K). The paper's ratio of 2 needs its long schedule; short runs need more.
 - The learning rate is higher for the batch, since there are few steps to take it back from.
 """
 

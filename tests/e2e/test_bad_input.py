@@ -12,13 +12,12 @@ import logging
 import os
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from swav_testing.ranks import _CONTEXT
 from swav_testing.runs import (
@@ -43,14 +42,6 @@ from swav.pretrain import main
 from swav.program import EXIT_FAILED, EXIT_REFUSED
 
 ONE_EPOCH = ("optim.epochs=1", "optim.warmup_epochs=0", "data.lanes=4", "optim.global_batch=16")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

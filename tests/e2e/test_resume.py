@@ -25,20 +25,9 @@ from swav_testing.runs import (
     run,
     start,
     wait_for_step,
-    write_scenes,
 )
 
 from swav.checkpoint import checkpoint_steps
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ CPU = torch.device("cpu")
 BROKEN = (3, 40, 41, 102)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("SWAV_CACHE", str(cache))

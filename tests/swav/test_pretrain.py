@@ -27,23 +27,6 @@ from swav.config import from_json
 from swav.pretrain import describe
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, data: Path) -> Path:
-    output = tmp_path_factory.mktemp("reference") / "run"
-    run(arguments(data, output), cache)
-    return output
-
-
 def refused(words: list[str], cache: Path, tmp_path: Path) -> str:
     """The line that a user gets."""
     status, text = status_and_output(words, cache, tmp_path / "log")

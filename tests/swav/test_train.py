@@ -40,23 +40,6 @@ from swav.program import Stopped
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, data: Path) -> Path:
-    output = tmp_path_factory.mktemp("reference") / "run"
-    run(arguments(data, output), cache)
-    return output
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Runs in this process use the cache too."""

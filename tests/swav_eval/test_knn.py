@@ -12,11 +12,6 @@ from swav.models.resnet import ResNet
 from swav_eval.knn import main
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("SWAV_CACHE", str(cache))

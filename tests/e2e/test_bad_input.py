@@ -505,7 +505,9 @@ def test_sigkill_while_shards_are_written_loses_nothing(tmp_path: Path) -> None:
         for _ in range(4):
             process = _CONTEXT.Process(target=_write_shards, args=(source, out))
             process.start()
-            process.join(draw.uniform(0.02, 0.5))
+            written = draw.randrange(40)  # of 60 shards
+            while process.is_alive() and len(list(out.glob("shard-*.tar"))) < written:
+                pass
             process.kill()
             process.join()
             kills += process.exitcode != 0

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from swav import rng
 from swav.data import feistel
-from swav.distributed import share
 
 Ids = NDArray[np.int64]
 
@@ -109,10 +108,10 @@ class EpochOrder:
         self.check_world(world_size)
         size = self.batch_size(step)
         if step >= self._lane_steps:
-            first, end = share(size, rank, world_size)
+            first, end = _share(size, rank, world_size)
             return self._tail_rows(step, np.arange(first, end)), first
         rows = self._batch // self._lanes
-        first, end = share(self._lanes, rank, world_size)
+        first, end = _share(self._lanes, rank, world_size)
         lanes = np.repeat(np.arange(first, end), rows)
         return self._ids(lanes, np.tile(np.arange(step * rows, (step + 1) * rows), end - first)), first * rows
 
@@ -253,3 +252,8 @@ def substitutes(row_offsets: Ids, sample_id: int) -> Iterator[int]:
             skipped, offset = (1, sample_id + 1 - start) if shard == own else (0, 0)
             for row in range(first, min(first + _SUBSTITUTES_PER_SHARD, rows - skipped)):
                 yield start + (offset + row) % rows
+
+
+def _share(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """As swav.distributed.share, which needs torch."""
+    return total * rank // world_size, total * (rank + 1) // world_size

@@ -20,6 +20,7 @@ TESTED_ELSEWHERE = {
     "swav/recipes/base.py": "swav/recipes/test_recipes.py",
     "swav/recipes/small.py": "swav/recipes/test_recipes.py",
     "swav/recipes/swav.py": "swav/recipes/test_recipes.py",
+    "swav/storage/types.py": "swav/storage/test_local.py",
     "swav_components/roles.py": "swav_components/test_jobs.py",
 }
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from swav.data import tar
 from swav.data.index import DatasetIndex
-from swav.storage import RangeFile
+from swav.storage import RangeFile, open_file
 
 _MAX_OPEN_FILES = 256  # with as many open tables of the index, half of the usual limit of 1024
 _INTEGER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
@@ -138,7 +138,7 @@ class ShardReader:
                 raise RuntimeError("this ShardReader is closed")
             file = self._files.get(shard)
             if file is None:
-                file = self._files[shard] = RangeFile(self.index.shard_path(shard))
+                file = self._files[shard] = open_file(self.index.shard_path(shard))
                 if len(self._files) > self._max_open_files:
                     self._files.popitem(last=False)
             self._files.move_to_end(shard)

@@ -42,7 +42,7 @@ def scan(path: str) -> tuple[NDArray[np.void], int]:
     """
     rows: list[tuple[int, ...]] = []
     without = 0
-    for key, members in _samples(storage.RangeFile(path)):
+    for key, members in _samples(storage.open_file(path)):
         image = _image(path, key, members)
         if image is None:
             if "cls" in members:

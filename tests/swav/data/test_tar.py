@@ -12,13 +12,13 @@ import pytest
 from swav_testing.shards import write_tar
 
 from swav.data import tar
-from swav.storage import RangeFile
+from swav.storage import open_file
 
 LONG = "folder/" * 30 + "photo.jpg"
 
 
 def _walk(path: Path) -> list[tar.TarMember]:
-    return list(tar.walk(RangeFile(str(path))))
+    return list(tar.walk(open_file(str(path))))
 
 
 def _random_members(seed: int) -> list[tuple[str, bytes]]:
@@ -40,7 +40,7 @@ def test_walk_finds_what_tarfile_finds(tmp_path: Path, tar_format: int, seed: in
     assert [(m.name, content[m.offset : m.offset + m.num_bytes]) for m in found] == members
     with tarfile.open(path) as archive:
         assert [(m.header_offset, m.offset) for m in found] == [(i.offset, i.offset_data) for i in archive]
-    assert [tar.member_at(RangeFile(str(path)), m.header_offset) for m in found] == found
+    assert [tar.member_at(open_file(str(path)), m.header_offset) for m in found] == found
 
 
 def test_tars_of_gnu_tar_with_folders_and_links(tmp_path: Path) -> None:

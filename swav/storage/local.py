@@ -1,4 +1,4 @@
-"""Where bytes live: local files now, object storage later behind the same functions."""
+"""Files of this machine."""
 
 import fcntl
 import logging
@@ -6,23 +6,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-Location = str | os.PathLike[str]
+from swav.storage.types import PIECE_BYTES, FileStat, Location
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """What identifies the content of a file without reading it."""
-
-    num_bytes: int
-    mtime_ns: int
 
 
 def local_path(url: Location) -> Path:
@@ -87,10 +78,10 @@ def stat(url: Location) -> FileStat | None:
         found = local_path(url).stat()
     except FileNotFoundError:
         return None
-    return FileStat(found.st_size, found.st_mtime_ns)
+    return FileStat(found.st_size, found.st_mtime_ns, "")
 
 
-class RangeFile:
+class LocalFile:
     """A file that is read by ranges, from any number of threads at once.
 
     It is closed when the last reference to it goes, so a cache may drop one that another thread still reads.
@@ -105,6 +96,8 @@ class RangeFile:
         self._descriptor = -1
         self._descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC)
         self.url = os.fspath(url)
+        found = os.fstat(self._descriptor)
+        self.stat = FileStat(found.st_size, found.st_mtime_ns, "")
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -123,6 +116,13 @@ class RangeFile:
                 break
             data += more
         return data
+
+    def stream(self, offset: int, num_bytes: int) -> Iterator[bytes]:
+        """Read a range in pieces."""
+        end = offset + num_bytes
+        while offset < end and (piece := self.read(offset, min(PIECE_BYTES, end - offset))):
+            yield piece
+            offset += len(piece)
 
 
 @contextmanager
@@ -155,12 +155,6 @@ def open_atomic(url: Location) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the new name itself
     finally:
         os.close(folder)
-
-
-def write_atomic(url: Location, data: bytes | memoryview) -> None:
-    """Write a whole file with :func:`open_atomic`."""
-    with open_atomic(url) as file:
-        file.write(data)
 
 
 def cache_folder() -> Path:

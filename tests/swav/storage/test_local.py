@@ -36,7 +36,7 @@ def test_a_missing_folder_and_braces_are_refused(tmp_path: Path) -> None:
 
 def test_ranges_end_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
-    file = storage.RangeFile(str(tmp_path / "x"))
+    file = storage.open_file(str(tmp_path / "x"))
     assert (file.num_bytes(), file.read(2, 3), file.read(8, 5), file.read(99, 1)) == (10, b"234", b"89", b"")
 
 

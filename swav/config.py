@@ -168,6 +168,10 @@ class RuntimeConfig:
     channels_last: bool = True
     compile: bool = False
     loader_threads: int = 0  # 0: the cores this rank may use
+    fetch_bytes: int = 8_000_000  # of neighbouring samples, aimed at in one request to an object store
+    cache_bytes: int = 0  # disk for what comes from an object store, shared by a host's ranks; 0: half of what is free
+    collective_timeout_seconds: float = 120.0  # after which a peer that is silent counts as lost
+    stalled_after_seconds: float = 600.0  # without a step; the rank then ends and shows where every thread stood
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2
     log_every_steps: int = 10

@@ -1,7 +1,7 @@
 """Checkpoints that survive a crash at any moment.
 
-A checkpoint is ``step-<n>.pt``, written under a temporary name and renamed, then ``step-<n>.json`` with its size and
-SHA-256, written last. Reading starts at the newest manifest whose file verifies and walks back, so a torn or rotten
+A checkpoint is ``step-<n>.pt``, which appears whole or not at all, then ``step-<n>.json`` with its size and SHA-256,
+written last. Reading starts at the newest manifest whose file verifies and walks back, so a torn or rotten
 file costs one interval, not the run. Nothing in a checkpoint depends on the number of ranks.
 """
 
@@ -11,13 +11,13 @@ import json
 import logging
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from swav.storage import write_atomic
+from swav import storage
+from swav.storage import Location, join, write_atomic
 
 FORMAT = "swav.checkpoint/1"
 _MAX_FAILURES = 3
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes checkpoints on a thread of its own, one at a time, and keeps the newest few."""
 
-    def __init__(self, folder: Path, *, keep: int, enabled: bool = True) -> None:
+    def __init__(self, folder: Location, *, keep: int, enabled: bool = True) -> None:
         """Prepare.
 
         Args:
@@ -96,8 +96,8 @@ class CheckpointWriter:
         name = f"step-{step:09d}"
         manifest = {"format": FORMAT, "step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         try:
-            write_atomic(self._folder / f"{name}.pt", data)
-            write_atomic(self._folder / f"{name}.json", json.dumps(manifest, indent=2).encode())
+            write_atomic(join(self._folder, f"{name}.pt"), data)
+            write_atomic(join(self._folder, f"{name}.json"), json.dumps(manifest, indent=2).encode())
             self._remove_all_but(step)
         except OSError as error:
             self._failures += 1
@@ -113,19 +113,19 @@ class CheckpointWriter:
     def _remove_all_but(self, newest: int) -> None:
         """Remove old checkpoints, broken ones that the run was resumed before, and what killed writers left."""
         kept = [step for step in checkpoint_steps(self._folder) if step <= newest][: self._keep]
-        for path in sorted(self._folder.iterdir()):  # a manifest goes before its file
-            found = _NAME.fullmatch(path.name)
+        for name in storage.list_names(self._folder):  # in order: a manifest goes before its file
+            found = _NAME.fullmatch(name)
             if found and (found["partial"] or int(found["step"]) not in kept):
-                path.unlink(missing_ok=True)
+                storage.remove(join(self._folder, name))
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Location) -> list[int]:
     """Steps that have a manifest, the newest first."""
-    found = [_NAME.fullmatch(path.name) for path in folder.glob("step-*.json")]
+    found = [_NAME.fullmatch(name) for name in storage.list_names(folder, "step-*.json")]
     return sorted((int(match["step"]) for match in found if match), reverse=True)
 
 
-def latest_step(folder: Path) -> int | None:
+def latest_step(folder: Location) -> int | None:
     """The newest step whose file is whole, or None where there is no checkpoint.
 
     Raises:
@@ -145,29 +145,32 @@ def latest_step(folder: Path) -> int | None:
     return None
 
 
-def load(folder: Path, step: int) -> dict[str, Any]:
+def load(folder: Location, step: int) -> dict[str, Any]:
     """Read one checkpoint into host memory."""
-    state: dict[str, Any] = torch.load(folder / f"step-{step:09d}.pt", map_location="cpu", weights_only=True)
+    data = io.BytesIO(storage.read(join(folder, f"step-{step:09d}.pt")))
+    state: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
     return state
 
 
-def _problem(folder: Path, step: int) -> str | None:
+def _problem(folder: Location, step: int) -> str | None:
     try:
-        manifest = json.loads((folder / f"step-{step:09d}.json").read_text())
+        manifest = json.loads(storage.read(join(folder, f"step-{step:09d}.json")))
         form, num_bytes, sha256 = manifest["format"], manifest["bytes"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({error!r})"
     if form != FORMAT:
         return f"its format is {form!r}, this version reads {FORMAT!r}"
-    path = folder / f"step-{step:09d}.pt"
     try:
-        with path.open("rb") as file:
-            found_bytes, found_sha256 = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        file = storage.open_file(join(folder, f"step-{step:09d}.pt"))
+        if file.num_bytes() != num_bytes:
+            return f"its file has {file.num_bytes()} bytes, the manifest says {num_bytes}"
+        digest = hashlib.sha256()
+        for piece in file.stream(0, num_bytes):
+            digest.update(piece)
     except OSError as error:
         return f"its file cannot be read ({error!r})"
-    if found_bytes != num_bytes:
-        return f"its file has {found_bytes} bytes, the manifest says {num_bytes}"
-    return None if found_sha256 == sha256 else f"its file's SHA-256 is {found_sha256}, the manifest says {sha256}"
+    found = digest.hexdigest()
+    return None if found == sha256 else f"its file's SHA-256 is {found}, the manifest says {sha256}"
 
 
 def _to_host(value: Any) -> Any:

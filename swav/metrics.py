@@ -1,13 +1,13 @@
 """What a run says of itself: JSON lines in its folder, a progress bar, and the reasons for which it stops."""
 
 import contextlib
+import io
 import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from swav import storage
 from swav.config import PretrainConfig
-from swav.distributed import rank, world_size
-from swav.storage import write_atomic
+from swav.distributed import all_reduce_sum, rank, world_size
+from swav.storage import Location, join, local_path, write_atomic
 
 _logger = logging.getLogger(__name__)
 
@@ -28,16 +29,24 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object per line; units stand in the keys.
 
     A resumed run first drops the lines after its checkpoint, so every step stands there once. Lines that a full disk
-    does not take wait for the next one.
+    does not take wait for the next one. An object store cannot append, so there the lines gather in memory until
+    they are published.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if _is_before(line, resume_step)]
-            write_atomic(path, b"".join(lines))
-        self._path = path
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, url: Location, *, resume_step: int) -> None:
+        kept = b""
+        if storage.stat(url) is not None:
+            lines = storage.read(url).splitlines(keepends=True)
+            kept = b"".join(line for line in lines if _is_before(line, resume_step))
+        self._url = url
         self._waiting = b""
+        self._is_remote = storage.is_remote(url)
+        if self._is_remote:
+            self._file: io.RawIOBase | io.BytesIO = io.BytesIO(kept)
+            self._file.seek(0, io.SEEK_END)
+        else:
+            write_atomic(url, kept)
+            self._file = local_path(url).open("ab", buffering=0)
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line."""
@@ -49,13 +58,24 @@ class MetricsLog:
         except OSError as error:
             if not failed_before:
                 _logger.error(
-                    "%s cannot be written (%s); training goes on, and its lines wait for free space", self._path, error
+                    "%s cannot be written (%s); training goes on, and its lines wait for free space", self._url, error
                 )
 
+    def publish(self) -> None:
+        """Let an object store have the lines up to here; a failure is logged, and the next call tries again."""
+        if not self._is_remote:
+            return
+        self._file.seek(0)
+        try:
+            write_atomic(self._url, self._file.read() or b"")
+        except OSError as error:
+            _logger.error("%s cannot be written (%s); training goes on", self._url, error)
+
     def close(self) -> None:
-        """Close the file."""
+        """Publish and close the file."""
+        self.publish()
         if self._waiting:
-            _logger.error("%s lacks its last %d lines", self._path, self._waiting.count(b"\n"))
+            _logger.error("%s lacks its last %d lines", self._url, self._waiting.count(b"\n"))
         self._file.close()
 
 
@@ -65,7 +85,7 @@ def _is_before(line: bytes, resume_step: int) -> bool:
         return False
     try:
         values = json.loads(line)
-        step, at_end = values["step"], values.get("event") in ("epoch", "knn")
+        step, at_end = values["step"], values.get("event") in ("epoch", "storage", "knn")
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(step < resume_step or (step == resume_step and not at_end))
@@ -75,7 +95,7 @@ class Report:
     """Follows the training loop. Rank 0 writes; every rank watches the loss."""
 
     def __init__(
-        self, config: PretrainConfig, output: Path, *, num_samples: int, step: int, steps_per_epoch: int
+        self, config: PretrainConfig, output: Location, *, num_samples: int, step: int, steps_per_epoch: int
     ) -> None:
         """Open the log and the bar.
 
@@ -88,7 +108,7 @@ class Report:
         """
         self._config = config
         self._num_samples = num_samples
-        self._log = MetricsLog(output / "metrics.jsonl", resume_step=step) if rank() == 0 else None
+        self._log = MetricsLog(join(output, "metrics.jsonl"), resume_step=step) if rank() == 0 else None
         epochs_done, rest = divmod(step, steps_per_epoch)
         self._bar = tqdm(
             total=num_samples * config.optim.epochs,
@@ -102,6 +122,7 @@ class Report:
         )
         self._pending: tuple[int, Tensor] | None = None
         self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+        self._storage_counts: dict[str, int] = {}
         self._write(step, event="start", world_size=world_size(), torch_version=torch.__version__)
 
     def __enter__(self) -> Self:
@@ -207,6 +228,23 @@ class Report:
                 "data.max_quarantined_fraction admits; mend the data (the run's quarantine folder names each image), "
                 "or raise the fraction"
             )
+
+    def storage_use(self, step: int, epoch: int) -> None:
+        """Write what the ranks together have asked of object storage since the last time, and how often it failed them.
+
+        Every rank calls this; a run on local files writes nothing.
+        """
+        totals = storage.counts()
+        since = torch.tensor([total - self._storage_counts.get(name, 0) for name, total in totals.items()])
+        self._storage_counts = totals
+        all_reduce_sum(since)
+        if since.any():
+            self._write(step, event="storage", epoch=epoch, **dict(zip(totals, since.tolist(), strict=True)))
+
+    def publish(self) -> None:
+        """Make the lines up to here as durable as the checkpoint that is to follow."""
+        if self._log is not None:
+            self._log.publish()
 
     def knn(self, step: int, accuracies: dict[str, float]) -> None:
         """Write accuracies on labelled images."""

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -19,13 +18,13 @@ from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.program import run
 from swav.recipes import configure
-from swav.storage import write_atomic
+from swav.storage import Location, is_remote, join, local_path, stat, write_atomic
 from swav.train import check_run_folder, evaluate, train
 
 _logger = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]]:
+def pretrain(config: PretrainConfig, output: Location) -> dict[str, dict[str, float]]:
     """Run, or take up again, one pretraining; leave ``backbone.pt`` and ``result.json`` in ``output``.
 
     Returns:
@@ -54,21 +53,28 @@ def pretrain(config: PretrainConfig, output: Path) -> dict[str, dict[str, float]
             result["random backbone"] = evaluate(build_backbone(config).to(device), evaluation, config, device)
         method = train(config, index, output, device, evaluation)
         if rank() == 0:
-            save_backbone(method.backbone, config.model, output / "backbone.pt", **image_sizes(config.evaluate))
+            save_backbone(method.backbone, config.model, join(output, "backbone.pt"), **image_sizes(config.evaluate))
         if evaluation is not None:
             result["trained backbone"] = evaluate(method.backbone, evaluation, config, device)
         if rank() == 0:
-            write_atomic(output / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+            write_atomic(join(output, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Location) -> None:
     """Find out before anything is computed whether the run's folder can be written.
+
+    Of an object store only reading can be tried without a trace; :func:`swav.train.train` writes at its start.
 
     Raises:
         ValueError: it cannot.
+        OSError: the object store refuses.
     """
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if is_remote(output):
+        stat(join(output, "config.json"))
+        return
+    folder = local_path(output).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--output {output}: {there} is a file; give a folder, new or of this run")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -118,9 +124,9 @@ def image_sizes(evaluation: EvaluateConfig | None) -> dict[str, int]:
     return {"resize_px": evaluation.resize_px, "crop_px": evaluation.crop_px}
 
 
-def describe(result: dict[str, dict[str, float]], output: Path) -> str:
+def describe(result: dict[str, dict[str, float]], output: Location) -> str:
     """The result for a person."""
-    lines = [f"backbone: {output / 'backbone.pt'}"]
+    lines = [f"backbone: {join(output, 'backbone.pt')}"]
     for what, accuracies in result.items():
         values = ", ".join(
             f"{100 * value:5.1f} % ({name.removeprefix('knn_')}-NN)" for name, value in accuracies.items()
@@ -134,10 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swav.pretrain", description="Pretrain a backbone with SwAV.")
     parser.add_argument("--recipe", required=True, help="name of the run, for example demo")
     parser.add_argument("--data", help="images to train on: a folder of images or of webdataset tars")
-    parser.add_argument("--output", type=Path, help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--output", help="the run's folder, or s3://bucket/prefix (default: runs/RECIPE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. optim.epochs=100")
     options = parser.parse_args(arguments)
-    output = options.output or Path("runs") / options.recipe
+    output = options.output or join("runs", options.recipe)
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
 

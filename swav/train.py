@@ -6,7 +6,6 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swav import checkpoint
+from swav import checkpoint, storage
 from swav.checkpoint import CheckpointWriter
 from swav.config import PretrainConfig, differing_keys, from_json, to_json
 from swav.data.augment import Augment
@@ -41,7 +40,7 @@ from swav.models.batchnorm import synchronize
 from swav.optim.lars import LARS, parameter_groups
 from swav.optim.schedule import warmup_cosine
 from swav.program import Stopped
-from swav.storage import write_atomic
+from swav.storage import Location, join, write_atomic
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Do not copy rank 0's buffers before each forward pass: batch norm and queue are equal on every rank by construction.
@@ -67,7 +66,7 @@ class TrainState:
 def train(
     config: PretrainConfig,
     index: DatasetIndex,
-    output: Path,
+    output: Location,
     device: torch.device,
     evaluation: Evaluation | None = None,
 ) -> Method:
@@ -76,7 +75,7 @@ def train(
     Args:
         config: the run.
         index: the images.
-        output: the run's folder, the same on every rank; see :func:`check_run_folder`.
+        output: the run's folder, or ``s3://bucket/prefix``, the same on every rank; see :func:`check_run_folder`.
         device: where this rank computes.
         evaluation: what to do every ``evaluate.every_epochs`` epochs.
 
@@ -92,9 +91,9 @@ def train(
     num_steps = steps_per_epoch * config.optim.epochs
     warmup_steps = round(steps_per_epoch * config.optim.warmup_epochs)
     state = build_state(config, device)
-    restore(state, index, output / "checkpoints")
+    restore(state, index, join(output, "checkpoints"))
     if rank() == 0:
-        write_atomic(output / "config.json", to_json(config).encode())
+        write_atomic(join(output, "config.json"), to_json(config).encode())
     augment = Augment(config.augment, seed=config.seed, device=device, channels_last=config.runtime.channels_last)
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, index, output, device))
@@ -103,7 +102,7 @@ def train(
             Report(config, output, num_samples=index.num_samples, step=state.step, steps_per_epoch=steps_per_epoch)
         )
         writer = stack.enter_context(
-            CheckpointWriter(output / "checkpoints", keep=config.runtime.keep_checkpoints, enabled=rank() == 0)
+            CheckpointWriter(join(output, "checkpoints"), keep=config.runtime.keep_checkpoints, enabled=rank() == 0)
         )
         # A checkpoint at an epoch's end is older than its books: the rest of that epoch is empty, and they are closed.
         for epoch in range(max(state.step - 1, 0) // steps_per_epoch, config.optim.epochs):
@@ -124,12 +123,14 @@ def train(
                     stopping = any_rank(stop.is_set)
                     if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
                         report.check_finite()
+                        report.publish()
                         writer.save(state.step, snapshot(state, config, index))
                     if stopping:
                         writer.wait()
                         barrier()  # a launcher that sees one rank end may kill the one that writes
                         raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
             report.epoch(state.step, epoch, all_reduce_sum(state.counts.clone()))
+            report.storage_use(state.step, epoch)
             state.counts.zero_()
             if evaluation and evaluation.config.every_epochs and (epoch + 1) % evaluation.config.every_epochs == 0:
                 report.knn(state.step, evaluate(state.method.backbone, evaluation, config, device))
@@ -205,12 +206,14 @@ def epoch_order(config: PretrainConfig, index: DatasetIndex, epoch: int) -> Epoc
 
 
 @contextlib.contextmanager
-def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, device: torch.device) -> Iterator[Loader]:
+def open_loader(
+    config: PretrainConfig, index: DatasetIndex, output: Location, device: torch.device
+) -> Iterator[Loader]:
     """The loader of this rank's shares; each broken image gets a file below ``output``."""
 
     def record(broken: Quarantined) -> None:
         name = f"epoch-{broken.epoch:04d}/{broken.sample_id:012d}.json"
-        write_atomic(output / "quarantine" / name, (json.dumps(asdict(broken), indent=2) + "\n").encode())
+        write_atomic(join(output, "quarantine", name), (json.dumps(asdict(broken), indent=2) + "\n").encode())
 
     with ShardReader(index) as reader:
         yield Loader(
@@ -228,17 +231,17 @@ def open_loader(config: PretrainConfig, index: DatasetIndex, output: Path, devic
         )
 
 
-def check_run_folder(config: PretrainConfig, index: DatasetIndex, output: Path) -> None:
+def check_run_folder(config: PretrainConfig, index: DatasetIndex, output: Location) -> None:
     """Make sure that the folder is free, or holds this very run, before anything is computed.
 
     Raises:
         ValueError: it holds another run, or this one has too few lanes or images for so many ranks.
     """
     epoch_order(config, index, 0).check_world(world_size())
-    path = output / "config.json"
-    if not path.exists():
+    path = join(output, "config.json")
+    if storage.stat(path) is None:
         return
-    differing = differing_keys(from_json(path.read_text()), config)
+    differing = differing_keys(from_json(storage.read(path).decode()), config)
     if differing:
         raise ValueError(
             f"{output} holds a run whose {', '.join(differing)} differ; continue it with its own settings, or give "
@@ -260,7 +263,7 @@ def snapshot(state: TrainState, config: PretrainConfig, index: DatasetIndex) -> 
     }
 
 
-def restore(state: TrainState, index: DatasetIndex, folder: Path) -> None:
+def restore(state: TrainState, index: DatasetIndex, folder: Location) -> None:
     """Take up the newest whole checkpoint, the same one on every rank; without any, do nothing.
 
     Raises:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from swav.distributed import cores_of_rank, pick_device, process_group, rank
 from swav.features import extract_features, knn_accuracies
 from swav.models.backbone_file import load_backbone
 from swav.program import run
-from swav.storage import write_atomic
+from swav.storage import Location, read, write_atomic
 
 
-def knn(backbone: Path, config: EvaluateConfig, *, device: torch.device) -> dict[str, Any]:
+def knn(backbone: Location, config: EvaluateConfig, *, device: torch.device) -> dict[str, Any]:
     """Run the protocol.
 
     Args:
@@ -51,7 +50,7 @@ def knn(backbone: Path, config: EvaluateConfig, *, device: torch.device) -> dict
         "temperature": config.temperature,
         "resize_px": config.resize_px,
         "crop_px": config.crop_px,
-        "backbone_sha256": hashlib.sha256(backbone.read_bytes()).hexdigest(),
+        "backbone_sha256": hashlib.sha256(read(backbone)).hexdigest(),
         "data": {
             name: {
                 "url": urls[name],
@@ -68,10 +67,10 @@ def knn(backbone: Path, config: EvaluateConfig, *, device: torch.device) -> dict
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m swav_eval.knn", description="k-NN accuracy of a backbone.")
-    parser.add_argument("--backbone", type=Path, required=True, help="backbone.pt of a run")
+    parser.add_argument("--backbone", required=True, help="backbone.pt of a run")
     parser.add_argument("--train", required=True, help="labelled images that vote: a folder of images or of tars")
     parser.add_argument("--test", help="labelled images to classify (default: each of --train by the others)")
-    parser.add_argument("--output", type=Path, help="file for the result as JSON")
+    parser.add_argument("--output", help="file for the result as JSON")
     parser.add_argument("--k", type=int, nargs="+", default=[20, 200], help="numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=0.07)
     parser.add_argument("--resize-px", type=int, help="shorter side (default: as the backbone's run)")

@@ -3,14 +3,13 @@
 import io
 import pickle
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from swav.config import ModelConfig
 from swav.models.resnet import ResNet
-from swav.storage import write_atomic
+from swav.storage import Location, read, stat, write_atomic
 
 FORMAT = "swav.backbone/1"
 
@@ -24,7 +23,7 @@ class BackboneFile:
     crop_px: int  # centre crop of it
 
 
-def save_backbone(backbone: nn.Module, config: ModelConfig, path: Path, *, resize_px: int, crop_px: int) -> None:
+def save_backbone(backbone: nn.Module, config: ModelConfig, path: Location, *, resize_px: int, crop_px: int) -> None:
     """Write a backbone's weights, under torchvision's names, its architecture, and its evaluation's image sizes."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     buffer = io.BytesIO()
@@ -33,16 +32,16 @@ def save_backbone(backbone: nn.Module, config: ModelConfig, path: Path, *, resiz
     write_atomic(path, buffer.getbuffer())
 
 
-def load_backbone(path: Path) -> BackboneFile:
+def load_backbone(path: Location) -> BackboneFile:
     """Read what :func:`save_backbone` wrote.
 
     Raises:
         ValueError: the file is missing, or not of this format; weights that are missing or left over are refused.
     """
-    if not path.is_file():
+    if stat(path) is None:
         raise ValueError(f"{path}: there is no such file; a run writes its backbone to <output>/backbone.pt")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
         found = saved["format"]
     except (LookupError, TypeError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a backbone that swav wrote ({_first_line(error)})") from error

@@ -4,6 +4,7 @@ Urls are text: a path, ``file://``, ``s3://bucket/key``, ``https://host/path``. 
 come from where the store's own tools find them.
 """
 
+from swav.storage.counters import count, counts
 from swav.storage.files import (
     absolute,
     is_remote,
@@ -27,6 +28,8 @@ __all__ = [
     "RangeFile",
     "absolute",
     "cache_folder",
+    "count",
+    "counts",
     "has_pattern",
     "is_remote",
     "join",

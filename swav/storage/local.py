@@ -1,5 +1,6 @@
 """Files of this machine."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from stat import S_ISDIR
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -97,6 +99,8 @@ class LocalFile:
         self._descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC)
         self.url = os.fspath(url)
         found = os.fstat(self._descriptor)
+        if S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(url))
         self.stat = FileStat(found.st_size, found.st_mtime_ns, "")
 
     def __del__(self) -> None:

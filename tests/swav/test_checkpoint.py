@@ -67,8 +67,8 @@ def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def spy(path: Path, data: bytes) -> None:
-        written.append((path.name, sorted(other.name for other in tmp_path.iterdir())))
+    def spy(path: str, data: bytes) -> None:
+        written.append((Path(path).name, sorted(other.name for other in tmp_path.iterdir())))
         storage.write_atomic(path, data)
 
     monkeypatch.setattr(checkpoint, "write_atomic", spy)

@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+S3RVER := $(VENV)/s3rver/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
@@ -12,7 +13,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell \
 demo: $(STAMP)
 	$(BIN)/python -m swav.pretrain --recipe demo --output runs/demo
 
-test: lint
+test: lint $(S3RVER)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -37,6 +38,13 @@ $(STAMP): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--editable '.[train,launch,eval,dev]'
 	@touch $@
+
+# The tests' second S3 server, its versions and checksums from the lock file; without npm its tests are skipped.
+$(S3RVER): tests/support/s3rver/package-lock.json $(STAMP)
+	@if command -v npm >/dev/null; then \
+		mkdir -p $(@D) && cp tests/support/s3rver/package*.json $(@D) && \
+		npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo "npm is missing: the tests on s3rver will be skipped" >&2; fi
 
 hooks: $(STAMP)
 	$(BIN)/pre-commit install

@@ -6,8 +6,12 @@ from swav import storage
 
 
 def test_totals_add_up_over_threads() -> None:
+    def work() -> None:
+        for _ in range(500):
+            storage.count("retries")
+
     before = storage.counts()
-    threads = [threading.Thread(target=lambda: [storage.count("retries") for _ in range(500)]) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

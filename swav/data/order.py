@@ -3,7 +3,8 @@
 Rows are grouped into chunks of neighbouring rows of one shard, so that reading stays local. The epoch's order of
 chunks is a keyed permutation; lane l owns the chunks at its positions l, l + L, l + 2L, ...; inside a lane, the rows of
 every window of some chunks are permuted again. A step takes equally many consecutive rows of every lane, and a rank
-takes whole lanes, so the global batch is the same for any number of ranks, and a rank reads only its own lanes.
+takes whole lanes, so the global batch is the same for any number of ranks, and a rank reads only its own lanes. The
+lanes' windows are staggered, so that a rank's lanes, and all ranks, need new chunks at different steps.
 
 Nothing here is a state: every batch is computed from its number, in time that does not depend on the position and in
 memory that depends on the number of shards, not of samples.
@@ -20,6 +21,7 @@ from swav.data import feistel
 Ids = NDArray[np.int64]
 
 _SUBSTITUTES_PER_SHARD = 16  # before the next shard is tried
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: any run of its multiples is spread evenly, modulo 2^64
 _TURNS = 1 << 32  # a power of two above any lane's rows and with them below 2^63
 
 
@@ -54,7 +56,8 @@ class EpochOrder:
             epoch: from 0.
             global_batch: samples per step over all ranks.
             num_lanes: most ranks that can take part; divides ``global_batch``.
-            window_chunks: chunks of a lane whose rows are permuted together.
+            window_chunks: chunks of a lane whose rows are permuted together; a lane's first and last window have from
+                half to one and a half as many.
 
         Raises:
             ValueError: there are no samples, lanes do not divide the batch, or a size is below 1.
@@ -73,12 +76,14 @@ class EpochOrder:
         self._window_chunks = window_chunks
         self._chunk_key = np.array([rng.key(seed, "chunk order", epoch)], dtype=np.uint64)
         self._window_key = np.uint64(rng.key(seed, "window order", epoch))
+        self._stagger_key = np.uint64(rng.key(seed, "window stagger", epoch))
         self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
         self._chunk_offsets = np.concatenate([[0], np.cumsum(-(-rows // chunk_rows))])
         self._num_chunks = np.array([self._chunk_offsets[-1]])
         self._find_short_chunks(rows)
         self.num_samples = int(self._row_offsets[-1])
         self.num_steps = -(-self.num_samples // global_batch)
+        self._stagger_windows()
         self._plan_tail()
 
     def batch_size(self, step: int) -> int:
@@ -105,15 +110,25 @@ class EpochOrder:
         Raises:
             ValueError: see :meth:`check_world`; or the epoch has no such step.
         """
+        first, end = self.rank_range(step, rank, world_size)
+        places = np.arange(first, end)
+        if step >= self._lane_steps:
+            return self._tail_rows(step, places), first
+        lanes, rows = np.divmod(places, self._batch // self._lanes)
+        return self._ids(lanes, rows + step * (self._batch // self._lanes)), first
+
+    def rank_range(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Where one rank's part of the global batch starts and ends in it.
+
+        Raises:
+            ValueError: as for :meth:`rank_batch`.
+        """
         self.check_world(world_size)
         size = self.batch_size(step)
         if step >= self._lane_steps:
-            first, end = _share(size, rank, world_size)
-            return self._tail_rows(step, np.arange(first, end)), first
-        rows = self._batch // self._lanes
+            return _share(size, rank, world_size)
         first, end = _share(self._lanes, rank, world_size)
-        lanes = np.repeat(np.arange(first, end), rows)
-        return self._ids(lanes, np.tile(np.arange(step * rows, (step + 1) * rows), end - first)), first * rows
+        return first * (size // self._lanes), end * (size // self._lanes)
 
     def check_world(self, world_size: int) -> None:
         """Refuse a world that this order cannot feed.
@@ -145,10 +160,24 @@ class EpochOrder:
         self._short_places = places[order]
         self._short_missing = np.concatenate([[0], np.cumsum(missing[short][order])])
 
+    def _stagger_windows(self) -> None:
+        """Settle where each lane's windows start: every ``window_chunks`` from a phase of its own.
+
+        Were the phases equal, all lanes would need a new window's chunks at the same step. Windows of less than half
+        the width at a lane's ends would mix too little, so they are left to their neighbours.
+        """
+        lanes, width = np.arange(self._lanes), self._window_chunks
+        self._lane_chunks = (self._num_chunks[0] - lanes + self._lanes - 1) // self._lanes
+        turns = (lanes.astype(np.uint64) * _GOLDEN + self._stagger_key) >> np.uint64(32)
+        phases = (turns * np.uint64(width) >> np.uint64(32)).astype(np.int64)
+        half = (width + 1) // 2
+        # window w > 0 of a lane starts at its chunk base + w * width
+        self._window_base = np.where(phases < half, phases, phases - width)
+        self._last_window = np.maximum((self._lane_chunks - half - self._window_base) // width, 0)
+
     def _plan_tail(self) -> None:
         """Settle how many steps take equally many rows of every lane, and how many rows each lane has left."""
         lanes = np.arange(self._lanes)
-        self._lane_chunks = (self._num_chunks[0] - lanes + self._lanes - 1) // self._lanes
         lane_rows = self._rows_before(lanes, self._lane_chunks)
         rows = self._batch // self._lanes
         steps = int(lane_rows.min()) // rows
@@ -202,16 +231,16 @@ class EpochOrder:
 
     def _ids(self, lanes: Ids, rows: Ids) -> Ids:
         """The samples at the given rows of the given lanes, int64 [n]."""
-        chunks = self._lane_chunks[lanes]
-        width = self._window_chunks
-        windows = self._last_not_after(lanes, rows, rows // (width * self._chunk_rows), (chunks - 1) // width, width)
-        first_chunks = windows * width
-        end_chunks = np.minimum(first_chunks + width, chunks)
+        width, base, last = self._window_chunks, self._window_base[lanes], self._last_window[lanes]
+        earliest = np.maximum((rows // self._chunk_rows - base) // width, 0)
+        windows = self._last_not_after(lanes, rows, earliest, last, base, width)
+        first_chunks = np.where(windows == 0, 0, base + windows * width)
+        end_chunks = np.where(windows == last, self._lane_chunks[lanes], base + (windows + 1) * width)
         starts = self._rows_before(lanes, first_chunks)
         sizes = self._rows_before(lanes, end_chunks) - starts
         keys = feistel.mix(feistel.mix(lanes.astype(np.uint64) + self._window_key) + windows.astype(np.uint64))
         shuffled = starts + feistel.permute(rows - starts, sizes, keys)
-        own_chunks = self._last_not_after(lanes, shuffled, first_chunks, end_chunks - 1, 1)
+        own_chunks = self._last_not_after(lanes, shuffled, first_chunks, end_chunks - 1, np.zeros_like(base), 1)
         inside = shuffled - self._rows_before(lanes, own_chunks)
         chunk_ids = feistel.permute(own_chunks * self._lanes + lanes, self._num_chunks, self._chunk_key)
         shards = np.searchsorted(self._chunk_offsets, chunk_ids, side="right") - 1
@@ -219,13 +248,13 @@ class EpochOrder:
         ids: Ids = first_rows + inside
         return ids
 
-    def _last_not_after(self, lanes: Ids, rows: Ids, low: Ids, high: Ids, width: int) -> Ids:
-        """The largest i in low..high for which chunk ``i * width`` of the lane starts at or before the row."""
+    def _last_not_after(self, lanes: Ids, rows: Ids, low: Ids, high: Ids, base: Ids, width: int) -> Ids:
+        """The largest i in low..high with i = low or chunk ``base + i * width`` of the lane at or before the row."""
         low, high = np.minimum(low, high), high.copy()
         open_ = np.flatnonzero(low < high)
         while open_.size:
             middle = (low[open_] + high[open_] + 1) // 2
-            fits = self._rows_before(lanes[open_], middle * width) <= rows[open_]
+            fits = self._rows_before(lanes[open_], base[open_] + middle * width) <= rows[open_]
             low[open_] = np.where(fits, middle, low[open_])
             high[open_] = np.where(fits, high[open_], middle - 1)
             open_ = open_[low[open_] < high[open_]]

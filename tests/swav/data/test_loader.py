@@ -235,7 +235,7 @@ def test_every_sample_is_delivered_or_quarantined_exactly_once_by_any_number_of_
 
 def test_too_many_broken_images_stop_the_run() -> None:
     shards, _ = broken_shards()
-    with pytest.raises(RuntimeError, match=r"4 broken images .* more than the 2 .*shard-.*max_quarantined_fraction"):
+    with pytest.raises(RuntimeError, match=r"3 broken images .* more than the 2 .*shard-.*max_quarantined_fraction"):
         list(loader_of(shards, max_quarantined=2, num_threads=1).epoch(0))
 
 

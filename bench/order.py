@@ -1,0 +1,255 @@
+"""How well the sample order mixes, and how evenly it reads: ours, a full shuffle, and webdataset's buffer.
+
+    python bench/order.py [--samples 1281167] [--classes 1000] [--shards 1000] [--batch 4096]
+
+The worst case for mixing: every shard holds neighbouring classes only. Deterministic: the tables are the same
+anywhere. The buffer is webdataset's own, behind its own striping of shards over ranks and workers.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset import filters
+
+from swav.data.order import EpochOrder
+
+Ids = NDArray[np.int64]
+Batches = list[Ids]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Shards that are sorted by class, so that their edges need not be the classes'."""
+
+    num_samples: int
+    num_classes: int
+    num_shards: int
+
+    @property
+    def offsets(self) -> Ids:
+        """int64 [shards + 1]."""
+        return np.arange(self.num_shards + 1) * self.num_samples // self.num_shards
+
+    def labels(self, ids: Ids) -> Ids:
+        """int64 [n]."""
+        return ids * self.num_classes // self.num_samples
+
+    def shards(self, ids: Ids) -> Ids:
+        """int64 [n]."""
+        return np.searchsorted(self.offsets, ids, side="right").astype(np.int64) - 1
+
+    def chunks(self, ids: Ids, chunk_rows: int) -> Ids:
+        """Numbers of the chunks that hold the samples, int64 [n]."""
+        first = np.concatenate([[0], np.cumsum(-(-np.diff(self.offsets) // chunk_rows))])
+        shards = self.shards(ids)
+        numbers: Ids = first[shards] + (ids - self.offsets[shards]) // chunk_rows
+        return numbers
+
+    def num_chunks(self, chunk_rows: int) -> int:
+        """Chunks of all shards."""
+        return int((-(-np.diff(self.offsets) // chunk_rows)).sum())
+
+    def order(self, batch: int, *, lanes: int, window: int, chunk_rows: int, seed: int = 0) -> EpochOrder:
+        """Our order of an epoch."""
+        return EpochOrder(
+            np.diff(self.offsets),
+            chunk_rows=chunk_rows,
+            seed=seed,
+            epoch=0,
+            global_batch=batch,
+            num_lanes=lanes,
+            window_chunks=window,
+        )
+
+
+def batches_of(order: EpochOrder) -> Batches:
+    """All global batches."""
+    return [order.batch(step) for step in range(order.num_steps)]
+
+
+def full_shuffle(dataset: Dataset, batch: int) -> Batches:
+    """The reference: batches of one permutation of all samples."""
+    ids = np.random.default_rng(0).permutation(dataset.num_samples)
+    return [ids[start : start + batch] for start in range(0, len(ids) - batch + 1, batch)]
+
+
+def webdataset_shuffle(dataset: Dataset, batch: int, *, ranks: int, workers: int, buffer: int) -> Batches:
+    """As ``WebDataset(urls, nodesplitter=split_by_node, shardshuffle=100).shuffle(buffer)`` in a DataLoader.
+
+    Each worker has the shards of its stripe, shuffles them and buffers their samples; a rank takes whole batches of its
+    workers in turn. The epoch ends where the first rank has no batch left, as data parallel training must.
+    """
+    share = batch // ranks
+
+    def worker_batches(rank: int, worker: int) -> Iterator[Ids]:
+        draws = random.Random(rank * workers + worker)
+        mine = islice(range(rank, dataset.num_shards, ranks), worker, None, workers)
+        shards = filters.shuffle(100, rng=draws)(iter(mine))
+        rows = (sample for shard in shards for sample in range(*dataset.offsets[shard : shard + 2].tolist()))
+        samples = filters.shuffle(buffer, rng=draws)(rows)
+        while len(taken := list(islice(samples, share))) == share:
+            yield np.array(taken)
+
+    streams = [_in_turn([worker_batches(rank, worker) for worker in range(workers)]) for rank in range(ranks)]
+    return [np.concatenate(parts) for parts in zip(*streams, strict=False)]
+
+
+def _in_turn(streams: Iterable[Iterator[Ids]]) -> Iterator[Ids]:
+    """One item of each stream in turn, passing over those that have ended."""
+    left = list(streams)
+    while left:
+        for stream in list(left):
+            try:
+                yield next(stream)
+            except StopIteration:
+                left.remove(stream)
+
+
+def entropies(dataset: Dataset, batches: Batches) -> NDArray[np.float64]:
+    """Entropy of the labels of each batch in bits, float64 [batches]; batches below the usual size are left out."""
+    found = []
+    for ids in batches:
+        if len(ids) == len(batches[0]):
+            share = np.bincount(dataset.labels(ids)) / len(ids)
+            found.append(-(share[share > 0] * np.log2(share[share > 0])).sum())
+    return np.array(found)
+
+
+def distances(dataset: Dataset, batches: Batches) -> NDArray[np.float64]:
+    """How far neighbours in a shard end up from each other, as a share of the epoch, float64 [pairs]."""
+    order = np.concatenate(batches)
+    positions = np.full(dataset.num_samples, -1)
+    positions[order] = np.arange(len(order))
+    pairs = np.stack([positions[:-1], positions[1:]])
+    inside = np.ones(dataset.num_samples - 1, dtype=np.bool_)
+    inside[dataset.offsets[1:-1] - 1] = False
+    pairs = pairs[:, inside & (pairs >= 0).all(axis=0)]
+    apart: NDArray[np.float64] = np.abs(np.diff(pairs, axis=0))[0] / len(order)
+    return apart
+
+
+def mixing_row(name: str, dataset: Dataset, batches: Batches, ideal: float) -> str:
+    """A row of the first table."""
+    bits, apart = entropies(dataset, batches), distances(dataset, batches)
+    shards = np.mean([len(np.unique(dataset.shards(ids))) for ids in batches[: len(bits)]])
+    together = (apart * len(np.concatenate(batches)) < len(batches[0])).mean()  # less than a batch apart
+    return (
+        f"| {name} | {bits.mean():.2f} | {bits.min():.2f} | {bits.mean() / ideal:.4f} | {bits.min() / ideal:.4f} | "
+        f"{shards:.0f} | {100 * np.median(apart):.2f} | {100 * np.percentile(apart, 1):.3f} | {100 * together:.2f} |\n"
+    )
+
+
+def new_chunks(dataset: Dataset, order: EpochOrder, chunk_rows: int, world_size: int) -> NDArray[np.int64]:
+    """Chunks that each rank needs at each step and has not needed before, int64 [steps, ranks]."""
+    seen = np.zeros((world_size, dataset.num_chunks(chunk_rows)), dtype=np.bool_)
+    new = np.zeros((order.num_steps, world_size), dtype=np.int64)
+    for step in range(order.num_steps):
+        chunks = dataset.chunks(order.batch(step), chunk_rows)
+        for rank in range(world_size):
+            first, end = order.rank_range(step, rank, world_size)
+            mine = np.unique(chunks[first:end])
+            new[step, rank] = np.count_nonzero(~seen[rank, mine])
+            seen[rank, mine] = True
+    return new
+
+
+def refetches(dataset: Dataset, order: EpochOrder, chunk_rows: int, worlds: Iterable[int]) -> float:
+    """Fetches per chunk where a world of another size starts with empty caches, one world size per step."""
+    fetched: set[tuple[int, int]] = set()
+    total, before = 0, 0
+    for step, world_size in zip(range(order.num_steps), worlds, strict=False):
+        if world_size != before:
+            total, before, fetched = total + len(fetched), world_size, set()
+        chunks = dataset.chunks(order.batch(step), chunk_rows)
+        for rank in range(world_size):
+            first, end = order.rank_range(step, rank, world_size)
+            fetched.update((rank, chunk) for chunk in set(chunks[first:end].tolist()))
+    return (total + len(fetched)) / dataset.num_chunks(chunk_rows)
+
+
+def write_heading(*columns: str) -> None:
+    """Start a table."""
+    sys.stdout.write(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
+
+
+def print_mixing(dataset: Dataset, batch: int) -> None:
+    """The first table."""
+    write = sys.stdout.write
+    reference = full_shuffle(dataset, batch)
+    ideal = float(entropies(dataset, reference).mean())
+    write_heading(
+        "order",
+        "bits",
+        "worst",
+        "of full",
+        "worst of full",
+        "shards per batch",
+        "neighbours apart: median % of the epoch",
+        "1st percentile %",
+        "less than a batch %",
+    )
+    write(mixing_row("full shuffle", dataset, reference, ideal))
+    for lanes, window, chunk_rows in [
+        (512, 16, 64),
+        (512, 8, 64),
+        (512, 32, 64),
+        (512, 16, 256),
+        (512, 8, 256),
+        (512, 4, 256),
+        (64, 16, 64),
+        (64, 16, 256),
+        (2048, 16, 64),
+    ]:
+        if batch % lanes == 0:
+            order = dataset.order(batch, lanes=lanes, window=window, chunk_rows=chunk_rows)
+            name = f"ours, {lanes} lanes, window {window}, chunk {chunk_rows}"
+            write(mixing_row(name, dataset, batches_of(order), ideal))
+    for workers, buffer in [(1, 1000), (8, 1000), (1, 5000), (8, 5000)]:
+        batches = webdataset_shuffle(dataset, batch, ranks=64, workers=workers, buffer=buffer)
+        name = f"webdataset, 64 ranks x {workers}, shuffle({buffer})"
+        write(mixing_row(name, dataset, batches, ideal))
+
+
+def print_reading(dataset: Dataset, batch: int) -> None:
+    """The second and the third table: how evenly chunks are needed, and how often."""
+    write = sys.stdout.write
+    chunk_rows = 64
+    order = dataset.order(batch, lanes=512, window=16, chunk_rows=chunk_rows)
+    steps = 2 * 16 * chunk_rows * 512 // batch  # by then every lane is past its first window; from there, in its last
+    write(f"\n{dataset.num_samples} samples, {order.num_steps} steps, 512 lanes, window 16, chunk {chunk_rows}; ")
+    write(f"new chunks per step without the first and last {steps} steps:\n\n")
+    write_heading("ranks", "mean of all", "max of all", "mean of a rank", "max of a rank", "fetches per chunk")
+    for world_size in (1, 8, 64, 100, 504):
+        new = new_chunks(dataset, order, chunk_rows, world_size)
+        middle = new[steps:-steps]
+        sums = middle.sum(axis=1)
+        rates = (
+            f"{sums.mean():.1f} | {sums.max()} | {middle.mean():.2f} | {middle.max()}" if sums.size else "- | - | - | -"
+        )
+        write(f"| {world_size} | {rates} | {new.sum() / dataset.num_chunks(chunk_rows):.3f} |\n")
+    drawn = np.repeat(np.random.default_rng(0).integers(1, 513, order.num_steps), 17).tolist()
+    write(f"| anew from 1..512 every 17 steps | - | - | - | - | {refetches(dataset, order, chunk_rows, drawn):.2f} |\n")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1_281_167)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=4096)
+    options = parser.parse_args()
+    dataset = Dataset(options.samples, options.classes, options.shards)
+    print_mixing(dataset, options.batch)
+    for size in (1, 10):
+        print_reading(Dataset(size * options.samples, options.classes, size * options.shards), options.batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,8 +44,11 @@ class S3Server:
     It ends when its standard input does, so it never outlives the process that started it.
     """
 
-    def __init__(self, command: list[str], arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], arguments: list[str], environment: dict[str, str], *, knows_conditions: bool
+    ) -> None:
         """Start it; ``command port *arguments`` must print the port that it got."""
+        self.knows_conditions = knows_conditions  # If-Match of a read, If-None-Match of a write
         self._command, self._arguments, self._environment = command, arguments, environment
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
@@ -157,7 +160,7 @@ def environment(endpoint_url: str) -> dict[str, str]:
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
     """A moto server for the length of the block; its objects are gone when its process is."""
-    server = S3Server([sys.executable, "-c", _MOTO], [], dict(os.environ))
+    server = S3Server([sys.executable, "-c", _MOTO], [], dict(os.environ), knows_conditions=True)
     try:
         yield server
     finally:
@@ -173,7 +176,7 @@ def s3rver_server() -> Iterator[S3Server]:
     with tempfile.TemporaryDirectory(prefix="s3rver-") as folder:
         variables = {**os.environ, "NODE_PATH": str(S3RVER / "node_modules"), "NODE_NO_WARNINGS": "1"}
         script = str(ROOT / "tests" / "support" / "s3rver" / "serve.js")
-        server = S3Server([node, script], [folder, ACCESS_KEY, SECRET_KEY], variables)
+        server = S3Server([node, script], [folder, ACCESS_KEY, SECRET_KEY], variables, knows_conditions=False)
         try:
             yield server
         finally:

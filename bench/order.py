@@ -221,17 +221,16 @@ def print_reading(dataset: Dataset, batch: int) -> None:
     write = sys.stdout.write
     chunk_rows = 64
     order = dataset.order(batch, lanes=512, window=16, chunk_rows=chunk_rows)
-    steps = 2 * 16 * chunk_rows * 512 // batch  # by then every lane is past its first window; from there, in its last
+    last = 2 * 16 * chunk_rows * 512 // batch  # from there on, lanes may be in their last window
     write(f"\n{dataset.num_samples} samples, {order.num_steps} steps, 512 lanes, window 16, chunk {chunk_rows}; ")
-    write(f"new chunks per step without the first and last {steps} steps:\n\n")
+    write(f"new chunks per step without the first 32 steps, which fill empty caches, and the last {last}:\n\n")
     write_heading("ranks", "mean of all", "max of all", "mean of a rank", "max of a rank", "fetches per chunk")
     for world_size in (1, 8, 64, 100, 504):
         new = new_chunks(dataset, order, chunk_rows, world_size)
-        middle = new[steps:-steps]
-        sums = middle.sum(axis=1)
-        rates = (
-            f"{sums.mean():.1f} | {sums.max()} | {middle.mean():.2f} | {middle.max()}" if sums.size else "- | - | - | -"
-        )
+        middle, rates = new[32:-last], "- | - | - | -"
+        if order.num_steps > 4 * last:  # otherwise the start and the end are most of the epoch
+            sums = middle.sum(axis=1)
+            rates = f"{sums.mean():.1f} | {sums.max()} | {middle.mean():.2f} | {middle.max()}"
         write(f"| {world_size} | {rates} | {new.sum() / dataset.num_chunks(chunk_rows):.3f} |\n")
     drawn = np.repeat(np.random.default_rng(0).integers(1, 513, order.num_steps), 17).tolist()
     write(f"| anew from 1..512 every 17 steps | - | - | - | - | {refetches(dataset, order, chunk_rows, drawn):.2f} |\n")

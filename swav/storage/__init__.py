@@ -7,7 +7,7 @@ come from where the store's own tools find them.
 from swav.storage.counters import count, counts
 from swav.storage.files import (
     absolute,
-    is_remote,
+    has_pattern,
     join,
     list_names,
     list_tars,
@@ -19,10 +19,12 @@ from swav.storage.files import (
     stat,
     write_atomic,
 )
-from swav.storage.local import cache_folder, has_pattern, local_path, locked
-from swav.storage.types import FileStat, Location, RangeFile
+from swav.storage.local import cache_folder, local_path, locked
+from swav.storage.types import ChangedError, FileStat, Location, RangeFile
+from swav.storage.urls import is_remote
 
 __all__ = [
+    "ChangedError",
     "FileStat",
     "Location",
     "RangeFile",

@@ -1,5 +1,6 @@
-"""What this process has asked of object storage so far, and how often it was failed."""
+"""What storage did since the process started, for the metrics and for whoever asks why it is slow."""
 
+import os
 import threading
 
 _NAMES = ("requests", "bytes_received", "retries", "hedges", "resumed_streams", "checksum_failures")
@@ -7,13 +8,29 @@ _totals = dict.fromkeys(_NAMES, 0)
 _lock = threading.Lock()
 
 
-def count(name: str, number: int = 1) -> None:
+def count(name: str, n: int = 1) -> None:
     """Add to one of the totals."""
     with _lock:
-        _totals[name] += number
+        _totals[name] += n
 
 
 def counts() -> dict[str, int]:
-    """All totals since the process started, always with the same names in the same order."""
+    """The totals of this process.
+
+    Returns:
+        ``requests`` sent, ``bytes_received`` of bodies, ``retries`` after a fault, ``hedges`` (requests sent a second
+        time because the first answer was late), ``resumed_streams`` (retries that went on in mid-range) and
+        ``checksum_failures`` (which the reader adds).
+    """
     with _lock:
         return dict(_totals)
+
+
+def _start_anew() -> None:
+    """In a forked child: another thread of the parent may have held the lock, and the totals are the parent's."""
+    global _lock
+    _lock = threading.Lock()
+    _totals.update(dict.fromkeys(_NAMES, 0))
+
+
+os.register_at_fork(after_in_child=_start_anew)

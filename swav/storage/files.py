@@ -5,20 +5,22 @@ from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import BinaryIO, NoReturn
 
-from swav.storage import local
+from swav.storage import http, local, remote, s3
 from swav.storage.types import FileStat, Location, RangeFile
+from swav.storage.urls import check_remote, expand_braces, has_braces, has_marks, is_remote
 
-_REMOTE = ("s3://", "http://", "https://")
-
-
-def is_remote(url: Location) -> bool:
-    """Whether a url names an object in a store, and not a file of this machine."""
-    return os.fspath(url).startswith(_REMOTE)
+_ONE_REQUEST_BYTES = 8 << 20  # larger objects are written in parts
 
 
 def absolute(url: Location) -> str:
-    """A url that means the same in any working folder; without a slash at its end."""
-    return os.fspath(url).rstrip("/") if is_remote(url) else str(local.local_path(url).absolute())
+    """A url that means the same in any working folder; without a slash at its end.
+
+    Raises:
+        ValueError: a remote url that holds a secret.
+    """
+    if is_remote(url):
+        return check_remote(os.fspath(url)).rstrip("/")
+    return str(local.local_path(url).absolute())
 
 
 def join(folder: Location, *names: str) -> str:
@@ -35,10 +37,12 @@ def name_of(url: Location) -> str:
 
 
 def stat(url: Location) -> FileStat | None:
-    """What identifies the content of a file; None where there is none."""
-    if is_remote(url):
-        _not_yet(url)
-    return local.stat(url)
+    """What identifies the content of a file; None where there is none.
+
+    Raises:
+        OSError: a store does not say.
+    """
+    return remote.stat(os.fspath(url), _store(url)) if is_remote(url) else local.stat(url)
 
 
 def open_file(url: Location, *, etag: str = "") -> RangeFile:
@@ -46,14 +50,18 @@ def open_file(url: Location, *, etag: str = "") -> RangeFile:
 
     Args:
         url: of the file.
-        etag: the content that is expected, where it is known; a store that has another one now refuses.
+        etag: the content that is expected, where it is known; a store that has another one now refuses. Then no request
+            is made before the file is read.
 
     Raises:
         OSError: it cannot be opened, is not there, or has changed.
     """
-    if is_remote(url):
-        _not_yet(url)
-    return local.LocalFile(url)
+    if not is_remote(url):
+        return local.LocalFile(url)
+    file = remote.RemoteFile(os.fspath(url), _store(url), etag=etag)
+    if not etag:
+        file.num_bytes()
+    return file
 
 
 def read(url: Location) -> bytes:
@@ -62,53 +70,127 @@ def read(url: Location) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    file = open_file(url)
+    if is_remote(url):
+        return remote.RemoteFile(os.fspath(url), _store(url)).read_whole()
+    file = local.LocalFile(url)
     return file.read(0, file.num_bytes())
 
 
 def list_names(folder: Location, pattern: str = "*") -> list[str]:
-    """The names of the files directly in a folder, sorted; empty where there is no folder."""
+    """The names of the files directly in a folder, sorted; empty where there is no folder.
+
+    Raises:
+        ValueError: a folder of a web server, which cannot be listed.
+    """
     if is_remote(folder):
-        _not_yet(folder)
+        if _store(folder) is http:
+            _no_list(folder)
+        return s3.list_names(os.fspath(folder), pattern)
     path = local.local_path(folder)
     if not path.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(path) if fnmatchcase(entry.name, pattern) and entry.is_file())
 
 
+def has_pattern(url: Location) -> bool:
+    """Whether a url stands for several files: a pattern such as ``train-*.tar``, or braces as ``train-{000..146}.tar``.
+
+    The name of something that is there is no pattern; a remote url with a slash at its end is a folder.
+    """
+    text = os.fspath(url)
+    if not is_remote(url):
+        path = local.local_path(url)
+        return not path.exists() and (has_braces(str(path)) or has_marks(str(path)))
+    return has_braces(text) or (has_marks(text) and (_store(url) is s3 and stat(url) is None))
+
+
 def list_tars(url: Location) -> list[str]:
     """The tars behind a url, as absolute urls in sorted name order.
 
     Args:
-        url: a folder (its ``*.tar``, not those of its subfolders), a pattern such as ``/data/train-*.tar``, or one tar.
+        url: a folder (its ``*.tar``, not those of its subfolders), a pattern such as ``/data/train-*.tar``, a range in
+            webdataset's notation, ``/data/train-{000..146}.tar`` (whose tars are not looked for here), or one tar. A
+            folder or a pattern of a web server cannot be listed.
 
     Raises:
         ValueError: nothing is there, or a file of another kind.
     """
-    if is_remote(url):
-        _not_yet(url)
-    return local.list_tars(url)
+    if has_braces(os.fspath(url)) and has_pattern(url):
+        return _expanded(url)
+    if not is_remote(url):
+        return local.list_tars(url)
+    text = absolute(url)
+    if has_pattern(url):
+        folder, _, pattern = text.rpartition("/")
+    elif text.endswith(".tar"):
+        if stat(text) is None:
+            raise ValueError(f"{text}: there is no such object")
+        return [text]
+    else:
+        folder, pattern = text, "*.tar"
+    names = list_names(folder, pattern)
+    return [join(folder, name) for name in names if name.endswith(".tar") and not name.startswith(".")]
+
+
+def _expanded(url: Location) -> list[str]:
+    urls = sorted({absolute(one) for one in expand_braces(os.fspath(url))})
+    other = next((one for one in urls if not one.endswith(".tar") or has_marks(one)), None)
+    if other is not None:
+        raise ValueError(f"{url} stands for {other}, which is no .tar by name; write train-{{000..146}}.tar")
+    return urls
 
 
 def open_atomic(url: Location) -> AbstractContextManager[BinaryIO]:
-    """Write a file that appears whole or not at all; see :func:`swav.storage.local.open_atomic`."""
-    if is_remote(url):
-        _not_yet(url)
-    return local.open_atomic(url)
+    """Write a file that appears whole or not at all; see :func:`swav.storage.local.open_atomic`.
+
+    Raises:
+        ValueError: ``http(s)://``, which is only read.
+    """
+    if not is_remote(url):
+        return local.open_atomic(url)
+    if _store(url) is http:
+        _no_write(url)
+    return s3.open_atomic(os.fspath(url))
 
 
 def write_atomic(url: Location, data: bytes | memoryview) -> None:
-    """Write a whole file that appears whole or not at all."""
+    """Write a whole file that appears whole or not at all.
+
+    Raises:
+        ValueError: ``http(s)://``, which is only read.
+    """
+    if is_remote(url) and _store(url) is s3 and len(data) <= _ONE_REQUEST_BYTES:
+        s3.write(os.fspath(url), bytes(data))
+        return
     with open_atomic(url) as file:
         file.write(data)
 
 
 def remove(url: Location) -> None:
-    """Remove a file; it may be gone already."""
-    if is_remote(url):
-        _not_yet(url)
-    local.local_path(url).unlink(missing_ok=True)
+    """Remove a file; it may be gone already.
+
+    Raises:
+        ValueError: ``http(s)://``, which is only read.
+    """
+    if not is_remote(url):
+        local.local_path(url).unlink(missing_ok=True)
+    elif _store(url) is http:
+        _no_write(url)
+    else:
+        s3.remove(os.fspath(url))
 
 
-def _not_yet(url: Location) -> NoReturn:
-    raise NotImplementedError(f"{url}: to be written in swav/storage")
+def _store(url: Location) -> remote.Store:
+    check_remote(os.fspath(url))
+    return s3 if os.fspath(url).startswith("s3://") else http
+
+
+def _no_write(url: Location) -> NoReturn:
+    raise ValueError(f"{url}: a web server is only read; write to a folder or to s3://bucket/key")
+
+
+def _no_list(url: Location) -> NoReturn:
+    raise ValueError(
+        f"{url}: a web server's folder cannot be listed; give a range such as {url}/train-{{000..146}}.tar, or put the "
+        "index.json of the dataset beside its shards"
+    )

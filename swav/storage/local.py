@@ -14,6 +14,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from swav.storage.types import PIECE_BYTES, FileStat, Location
+from swav.storage.urls import check_remote, has_marks, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +31,12 @@ def local_path(url: Location) -> Path:
     parts = urlsplit(url)
     if parts.scheme != "file":
         raise ValueError(
-            f"{url}: the scheme {parts.scheme}:// is not supported; give a local path or a file:// url "
-            "(copy or mount the data first)"
+            f"{check_remote(url) if is_remote(url) else url}: the scheme {parts.scheme}:// is not supported here; give "
+            "a local path or a file:// url"
         )
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"{url}: file://{parts.netloc}/ names a host; write file:///path with three slashes")
     return Path(unquote(parts.path))
-
-
-def has_pattern(url: Location) -> bool:
-    """Whether the last part of the url is a pattern such as ``train-*.tar``, and not the name of something there.
-
-    Raises:
-        ValueError: webdataset's brace notation.
-    """
-    path = local_path(url)
-    if path.exists():
-        return False
-    name = path.name
-    if "{" in name and ".." in name:
-        raise ValueError(f"{url}: brace ranges are not supported; write a pattern such as train-*.tar instead")
-    return any(mark in name for mark in "*?[")
 
 
 def list_tars(url: Location) -> list[str]:
@@ -67,7 +53,7 @@ def list_tars(url: Location) -> list[str]:
         if path.suffix != ".tar":
             raise ValueError(f"{url} is no .tar by name; give a folder of images or tars, a tar (unpacked) or a list")
         return [str(path)]
-    folder, pattern = (path.parent, path.name) if has_pattern(url) else (path, "*.tar")
+    folder, pattern = (path.parent, path.name) if not path.exists() and has_marks(str(path)) else (path, "*.tar")
     if not folder.is_dir():
         raise ValueError(f"{url}: there is no such file or folder")
     names = sorted(entry.name for entry in os.scandir(folder) if fnmatchcase(entry.name, pattern) and entry.is_file())

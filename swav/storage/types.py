@@ -19,6 +19,18 @@ class FileStat:
     etag: str  # empty for local files
 
 
+class ChangedError(OSError):
+    """An object was replaced or removed since it was opened, or since it was indexed."""
+
+
+def changed(url: str, what: str) -> str:
+    """The message of a :class:`ChangedError`."""
+    return (
+        f"{url} {what} while it was being read, or since it was indexed; data that is in use must not change: put the "
+        "old object back, or write the new data under a new name and index that"
+    )
+
+
 class RangeFile(Protocol):
     """A file that is read by ranges, from any number of threads at once.
 

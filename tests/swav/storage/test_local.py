@@ -27,11 +27,17 @@ def test_tars_are_listed_in_name_order(tmp_path: Path) -> None:
     assert storage.list_tars(str(tmp_path / "a.tar")) == [str(tmp_path / "a.tar")]
 
 
-def test_a_missing_folder_and_braces_are_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         storage.list_tars(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"train-\*\.tar instead"):
-        storage.list_tars(str(tmp_path / "train-{000..009}.tar"))
+
+
+def test_braces_stand_for_tars_that_may_be_missing(tmp_path: Path) -> None:
+    urls = [str(tmp_path / f"train-{number:03}.tar") for number in range(8, 12)]
+    assert storage.has_pattern(str(tmp_path / "train-{008..011}.tar"))
+    assert storage.list_tars(str(tmp_path / "train-{008..011}.tar")) == urls
+    with pytest.raises(ValueError, match=r"stands for .*a0\.jpg, which is no \.tar"):
+        storage.list_tars(str(tmp_path / "a{0..1}.jpg"))
 
 
 def test_ranges_end_with_the_file(tmp_path: Path) -> None:

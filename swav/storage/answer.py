@@ -1,0 +1,114 @@
+"""One answer of a store: what it says of the object, and its body."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, Protocol
+
+from swav.storage.types import FileStat
+
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+
+
+class Fault(Exception):  # noqa: N818
+    """What may go well when it is tried again; never leaves this package.
+
+    Args:
+        reason: in words, without secrets.
+        kind: the error that the user gets when trying does not help.
+        pause_seconds: that the store asked for.
+    """
+
+    def __init__(self, reason: str, kind: type[OSError] = OSError, pause_seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.pause_seconds = pause_seconds
+
+
+class BeyondEndError(Exception):
+    """A range starts after the last byte (416); never leaves this package."""
+
+
+class Body(Protocol):
+    """The bytes of an answer."""
+
+    def read(self, num_bytes: int, /) -> bytes:
+        """Read what is there, at most so much; empty at the end.
+
+        Raises:
+            Fault: the connection broke or was silent for too long.
+        """
+
+    def close(self) -> None:
+        """Give the connection back, or drop it where bytes are left on it."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a store sends for a GET."""
+
+    start: int  # of the body in the object
+    num_bytes: int  # of the body
+    stat: FileStat  # of the object
+    body: Body
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self.body.close()
+
+
+def span(content_range: str | None, num_bytes: int) -> tuple[int, int]:
+    """Where a body starts, and the size of the whole object.
+
+    Args:
+        content_range: the header, None where there is none.
+        num_bytes: of the body, as Content-Length has it.
+
+    Raises:
+        Fault: they cannot be understood or contradict each other.
+    """
+    if content_range is None:
+        return 0, num_bytes
+    found = _CONTENT_RANGE.fullmatch(content_range.strip())
+    if found is None or found[1] is None:
+        raise Fault(f"the answer's Content-Range is {content_range!r}")
+    first, last, total = int(found[1]), int(found[2]), int(found[3])
+    if not first <= last < total or last - first + 1 != num_bytes:
+        raise Fault(f"the answer's Content-Range is {content_range!r} and its length {num_bytes}")
+    return first, total
+
+
+class WireBody:
+    """The body of an answer of urllib3, which boto3 uses too.
+
+    It reads from ``http.client`` below urllib3, because urllib3 1.26 can only wait until as much is there as asked for,
+    so that a store that trickles would hold the caller, and what came before a connection broke would be lost.
+    """
+
+    def __init__(self, raw: Any, num_bytes: int, *, idle_seconds: float) -> None:
+        self._raw = raw
+        self._wire = raw._fp  # http.client.HTTPResponse
+        self._left = num_bytes
+        if self._wire.fp is not None:  # else it was empty
+            self._wire.fp.raw._sock.settimeout(idle_seconds)  # http.client may have let go of the socket's owner
+
+    def read(self, num_bytes: int) -> bytes:
+        """Read what is there, at most so much; empty at the end."""
+        try:
+            data: bytes = self._wire.read1(min(num_bytes, self._left))
+        except TimeoutError:
+            raise Fault("no byte came for too long", TimeoutError) from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise Fault(f"the connection broke ({type(error).__name__})", ConnectionError) from None
+        self._left -= len(data)
+        return data
+
+    def close(self) -> None:
+        """Give the connection back, or drop it where bytes are left on it."""
+        with contextlib.suppress(OSError):
+            if self._left == 0:
+                self._wire.close()
+            else:
+                self._raw.close()
+            self._raw.release_conn()

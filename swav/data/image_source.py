@@ -101,7 +101,7 @@ class TarSource:
     def digest(self) -> str:
         """A digest of the shards' names, sizes and modification times."""
         index = self.reader.index
-        return hashlib.sha256(f"{index.identity} {[shard.mtime_ns for shard in index.shards]}".encode()).hexdigest()
+        return hashlib.sha256(f"{index.identity} {index.table['mtime_ns'].tolist()}".encode()).hexdigest()
 
     def load(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Read a sample's image, label and JSON."""
@@ -293,7 +293,7 @@ def _from_tars(url: str, folder: Path) -> ImageSource:
     reader = ShardReader(index)
     names = folder / "classes.txt"
     classes = names.read_text("utf-8", "surrogateescape").splitlines() if names.is_file() else None
-    return TarSource(reader, classes, sum(shard.keys_without_image for shard in index.shards))
+    return TarSource(reader, classes, int(index.table["keys_without_image"].sum()))
 
 
 def _stat_file(path: Path) -> os.stat_result:

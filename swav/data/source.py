@@ -3,6 +3,8 @@
 import errno
 import logging
 
+import numpy as np
+
 from swav import storage
 from swav.data.demo import DEMO_VERSION, write_demo_shards
 from swav.data.image_source import find_images, list_folder
@@ -45,14 +47,14 @@ def has_labels(index: DatasetIndex) -> bool:
     Raises:
         ValueError: some have and others have not, or the first label is no number.
     """
-    first_without, labelled = -1, 0
-    for shard, start in enumerate(index.row_offsets[:-1].tolist()):
-        have = index.rows(shard)["cls_offset"] > 0
-        labelled += int(have.sum())
-        if first_without < 0 and not have.all():
-            first_without = start + int(have.argmin())
+    labelled = int(index.table["labelled"].sum(dtype=np.int64))
+    first_without = -1
+    partly = np.flatnonzero(index.table["labelled"] < index.table["rows"])
+    if labelled and partly.size:
+        rows = index.rows(int(partly[0]))
+        first_without = int(index.row_offsets[partly[0]]) + int((rows["cls_offset"] == 0).argmax())
     with ShardReader(index) as reader:
-        if 0 < labelled < index.num_samples:
+        if first_without >= 0:
             raise ValueError(
                 f"{reader.name(first_without)} has no label (.cls), and {labelled} of {index.num_samples} samples have "
                 "one; label all or none"

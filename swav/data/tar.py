@@ -8,8 +8,7 @@ cut falls exactly between two members.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from swav.storage import RangeFile
+from typing import Protocol
 
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
@@ -18,6 +17,20 @@ _TYPES_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, fo
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _MAX_EXTENSION_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 10240  # tar writes records of this size
+
+
+class Readable(Protocol):
+    """What the walk needs of a file."""
+
+    @property
+    def url(self) -> str:
+        """Where it is, for messages."""
+
+    def num_bytes(self) -> int:
+        """Its size."""
+
+    def read(self, offset: int, num_bytes: int, /) -> bytes:
+        """Read a range; shorter than asked for only where the file ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,7 @@ class _Extensions:
     num_bytes: int | None = None
 
 
-def walk(file: RangeFile) -> Iterator[TarMember]:
+def walk(file: Readable) -> Iterator[TarMember]:
     """Yield the regular files of a tar in their order; folders and links are passed over.
 
     Reads ustar, old V7, GNU (long names, base-256 sizes) and pax headers.
@@ -68,7 +81,7 @@ def walk(file: RangeFile) -> Iterator[TarMember]:
     )
 
 
-def member_at(file: RangeFile, header_offset: int) -> TarMember:
+def member_at(file: Readable, header_offset: int) -> TarMember:
     """The member whose first header block stands at ``header_offset``.
 
     Raises:
@@ -80,7 +93,7 @@ def member_at(file: RangeFile, header_offset: int) -> TarMember:
     return member
 
 
-def _next_member(file: RangeFile, position: int, total: int, count: int) -> tuple[TarMember | None, int]:
+def _next_member(file: Readable, position: int, total: int, count: int) -> tuple[TarMember | None, int]:
     """The member at ``position`` (None for a folder or a link) and where the next one starts."""
     extensions = _Extensions()
     while True:
@@ -110,7 +123,7 @@ def _next_member(file: RangeFile, position: int, total: int, count: int) -> tupl
     return member if is_file else None, position + BLOCK_BYTES + _padded(size)
 
 
-def _refuse_other_formats(file: RangeFile, total: int) -> None:
+def _refuse_other_formats(file: Readable, total: int) -> None:
     """Name a compressed file as such, and a file too short for a header."""
     start = file.read(0, 6)
     for magic, tool in _COMPRESSED.items():
@@ -123,7 +136,7 @@ def _refuse_other_formats(file: RangeFile, total: int) -> None:
         )
 
 
-def _is_end(file: RangeFile, position: int, total: int) -> bool:
+def _is_end(file: Readable, position: int, total: int) -> bool:
     """Whether the archive ends here; a marker cut short has lost nothing and is accepted."""
     if file.read(position, BLOCK_BYTES) != _ZEROS:
         return False
@@ -162,7 +175,7 @@ def _number(field: bytes, url: str, position: int) -> int:
         raise RuntimeError(f"shard {url} has a bad size in the header at byte {position}; write it again") from None
 
 
-def _read_extension(file: RangeFile, kind: bytes, offset: int, size: int, extensions: _Extensions) -> None:
+def _read_extension(file: Readable, kind: bytes, offset: int, size: int, extensions: _Extensions) -> None:
     """Take the name and the size of the next member from a GNU or pax extension header."""
     if kind == b"K":
         return

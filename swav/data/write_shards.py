@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from swav import rng, storage
 from swav.data.image_source import ImageSource, find_images
-from swav.data.index import UNFINISHED_MARK, DatasetIndex, build_index, open_index
+from swav.data.index import DatasetIndex, build_index, open_index
+from swav.data.index_build import UNFINISHED_MARK
 
 _FORMAT = "swav.write_shards/1"
 _LOCK_NAME = ".write_shards.lock"
@@ -89,11 +90,11 @@ def _write(images: ImageSource, folder: Path, record: dict[str, Any]) -> Dataset
     order = np.arange(len(images))
     if shuffle is not None:
         rng.generator(shuffle, "write shards").shuffle(order)
-    checksums = _write_all(images, [int(number) for number in order], folder, samples_per_shard, bytes_per_shard)
+    _write_all(images, [int(number) for number in order], folder, samples_per_shard, bytes_per_shard)
     if images.classes is not None:
         names = "\n".join(images.classes) + "\n"
         storage.write_atomic(folder / "classes.txt", names.encode("utf-8", "surrogateescape"))
-    index = build_index(str(folder), str(folder), crc32=checksums, written_from=record)
+    index = build_index(str(folder), str(folder), written_from=record)
     _tidy(folder)
     return index
 
@@ -208,8 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
-    num_bytes = sum(shard.num_bytes for shard in index.shards)
-    sys.stdout.write(f"{index.folder}: {index.num_samples} samples in {len(index.shards)} shards, {num_bytes} bytes\n")
+    sys.stdout.write(
+        f"{index.folder}: {index.num_samples} samples in {index.num_shards} shards, {index.num_bytes} bytes\n"
+    )
 
 
 if __name__ == "__main__":

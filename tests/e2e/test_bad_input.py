@@ -35,7 +35,7 @@ from swav_testing.runs import (
 from swav_testing.shards import write_tar
 
 from swav.data import write_shards
-from swav.data.index import open_index
+from swav.data.index import build_index, open_index
 from swav.data.reader import ShardReader
 from swav.data.source import open_dataset
 from swav.pretrain import main
@@ -310,14 +310,9 @@ def _tars_beside_images(folder: Path) -> Path:
 
 def _stale_index(folder: Path) -> Path:
     write_scenes(folder, (3, 3))
-    (folder / "index.json").write_text(
-        json.dumps({"format": "swav.index/1", "chunk_rows": 1, "shards": [_shard("gone.tar")]})
-    )
+    build_index(str(folder), str(folder))
+    (folder / "shard-000001.tar").unlink()
     return folder
-
-
-def _shard(name: str) -> dict[str, object]:
-    return {"name": name, "num_bytes": 1, "mtime_ns": 1, "rows": 1, "keys_without_image": 0, "crc32": None}
 
 
 def _list_of(text: bytes, name: str = "list.csv") -> Callable[[Path], Path]:
@@ -382,7 +377,7 @@ def test_data_that_cannot_be_meant_are_refused_before_anything_is_written(
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, pretrain: Callable[..., tuple[int, str]]) -> None:
     status, said = pretrain(_stale_index(tmp_path / "data"))
     assert status == 1
-    assert "does not fit its shards any more: the shard gone.tar is missing; delete" in said
+    assert "does not fit its shards any more: the shard shard-000001.tar is missing; delete" in said
     assert "index again with `python -m swav.data.index`" in said
     assert not (tmp_path / "run").exists()
 
@@ -489,7 +484,7 @@ def _open(source: Path, cache: Path, found: Any = None) -> None:
         found.put(_images(index.folder))
 
 
-def _images(folder: Path) -> list[bytes]:
+def _images(folder: Path | str) -> list[bytes]:
     with ShardReader(open_index(str(folder))) as reader:
         return [reader.image(sample) for sample in range(reader.index.num_samples)]
 
@@ -533,7 +528,7 @@ def test_sigkill_while_data_are_indexed_loses_nothing(tmp_path: Path, cache: Pat
         assert index.num_samples == 600
         assert _images(tmp_path / "data") == [b"%d-%d" % (shard, i) for shard in range(30) for i in range(20)]
         assert list(cache.rglob("*.partial")) == []
-        (index.folder / "index.json").unlink()
+        Path(index.folder, "index.json").unlink()
 
 
 def test_two_runs_that_start_at_once_share_one_preparation(tmp_path: Path, cache: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from swav_testing.shards import write_dataset, write_tar
 
-from swav.data.index import build_index, chunk_rows_for, main, open_index
+from swav.data.index import build_index, main, open_index
+from swav.data.index_build import chunk_rows_for
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +36,11 @@ def test_first_use_indexes_into_the_cache_only(tmp_path: Path, cache: Path) -> N
 def test_a_cached_index_is_used_until_a_shard_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_dataset(tmp_path / "data", [3, 2])
     first = open_index(f"file://{data}")
-    monkeypatch.setattr("swav.data.index.scan", lambda _: pytest.fail("indexed twice"))
-    assert open_index(str(data)) == first
-    monkeypatch.undo()
-    monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patched:
+        patched.setattr("swav.data.index_build.scan", lambda *_, **__: pytest.fail("indexed twice"))
+        assert open_index(str(data)).table.tolist() == first.table.tolist()
     os.utime(data / "shard-000000.tar", ns=(1, 1))
-    assert open_index(str(data)).shards[0].mtime_ns == 1
+    assert open_index(str(data)).shard(0).mtime_ns == 1
     write_tar(data / "shard-000001.tar", [("only.jpg", b"x")])
     assert open_index(str(data)).rows_per_shard.tolist() == [3, 1]
     (data / "shard-000000.tar").unlink()
@@ -65,7 +65,7 @@ def test_an_index_beside_the_shards_moves_with_them(tmp_path: Path) -> None:
     built = build_index(str(data), str(data))
     shutil.copytree(data, tmp_path / "copy")  # other modification times
     moved = open_index(str(tmp_path / "copy"))
-    assert moved.folder == tmp_path / "copy"
+    assert moved.folder == str(tmp_path / "copy")
     assert moved.identity == built.identity == open_index(str(data)).identity
     assert moved.rows(0).tolist() == built.rows(0).tolist()
 
@@ -73,7 +73,7 @@ def test_an_index_beside_the_shards_moves_with_them(tmp_path: Path) -> None:
 def test_an_index_may_stand_apart_from_the_shards(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", [3, 2])
     build_index(str(data), str(tmp_path / "apart"))
-    assert open_index(str(tmp_path / "apart")).shard_path(1) == str(data / "shard-000001.tar")
+    assert open_index(str(tmp_path / "apart")).shard_url(1) == str(data / "shard-000001.tar")
 
 
 def test_patterns_and_single_tars_choose_shards(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_stale_index_beside_the_shards_is_refused(tmp_path: Path) -> None:
         open_index(str(data))
     shard.write_bytes(content)
     write_tar(data / "shard-000002.tar", [("x.jpg", b"x")])
-    with pytest.raises(RuntimeError, match=r"lacks 1 shards that are there: .*shard-000002\.tar"):
+    with pytest.raises(RuntimeError, match=r"lacks 1 shards that are there: .*shard-000002\.tar; .* --append"):
         open_index(str(data))
 
 
@@ -110,7 +110,7 @@ def test_a_foreign_index_json_is_left_alone(tmp_path: Path) -> None:
     (data / "index.json").write_text('{"version": 2, "shards": []}')
     assert open_index(str(data)).num_samples == 3
     (data / "index.json").write_text('{"format": "swav.index/9"}')
-    with pytest.raises(RuntimeError, match=r"format swav\.index/9, this version reads swav\.index/1"):
+    with pytest.raises(RuntimeError, match=r"format swav\.index/9, this version reads swav\.index/2"):
         open_index(str(data))
 
 
@@ -162,14 +162,22 @@ def test_a_lost_table_is_named(tmp_path: Path) -> None:
     [(1, 1), (16_383, 1), (16_384, 2), (50_000, 4), (524_287, 32), (524_288, 64), (1_281_167, 64), (10**9, 64)],
 )
 def test_small_datasets_are_shuffled_in_small_chunks(num_samples: int, expected: int) -> None:
-    assert chunk_rows_for(num_samples) == expected
+    assert chunk_rows_for(num_samples, 130_000 * num_samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "image_bytes", "expected"),
+    [(2**21, 124_999, 256), (2**21, 125_000, 64), (2**21 - 1, 100, 64), (10**9, 75_000, 256)],
+)
+def test_many_small_images_are_read_in_large_chunks(num_samples: int, image_bytes: int, expected: int) -> None:
+    assert chunk_rows_for(num_samples, image_bytes * num_samples) == expected
 
 
 def test_the_command_line_writes_beside_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_dataset(tmp_path / "data", [3, 2])
     main([str(data)])
     assert "5 samples in 2 tars" in capsys.readouterr().out
-    assert json.loads((data / "index.json").read_text())["format"] == "swav.index/1"
+    assert json.loads((data / "index.json").read_text())["format"] == "swav.index/2"
     with pytest.raises(SystemExit, match=r"error: .*no such file or folder"):
         main([str(tmp_path / "none")])
 
@@ -179,7 +187,7 @@ def test_the_index_and_the_order_do_not_need_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("record", ['{"format": "swav.index/1"}', '{"format": "swav.index/1", "shards": [{"new": 1}]}'])
+@pytest.mark.parametrize("record", ['{"format": "swav.index/2"}', '{"format": "swav.index/2", "num_'])
 def test_a_damaged_index_json_is_named(tmp_path: Path, record: str) -> None:
     data = write_dataset(tmp_path / "data", [3])
     (data / "index.json").write_text(record)
@@ -202,7 +210,7 @@ def test_a_full_disk_names_the_table(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", [3])
-    folder = open_index(str(data)).folder
+    folder = Path(open_index(str(data)).folder)
     (folder / "index.json").unlink()
     for name in (".index.json.0a0b0c0d.partial", "index/.shard-000000.tar.npy.0a0b0c0d.partial"):
         (folder / name).touch()

@@ -4,6 +4,7 @@ import pytest
 from swav_testing.shards import write_tar
 
 from swav.data.scan import ROW_DTYPE, scan
+from swav.storage import open_file
 
 
 def test_members_are_grouped_by_key(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_members_are_grouped_by_key(tmp_path: Path) -> None:
     ]
     path = write_tar(tmp_path / "x.tar", members)
     content = path.read_bytes()
-    rows, without = scan(str(path))
+    rows, without = scan(open_file(path))
 
     def member(row: int, kind: str) -> bytes | None:
         offset = int(rows[f"{kind}_offset"][row])
@@ -51,4 +52,4 @@ def test_members_are_grouped_by_key(tmp_path: Path) -> None:
 def test_samples_that_cannot_be_meant_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     path = write_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
     with pytest.raises(ValueError, match=rf"x\.tar: the {message}"):
-        scan(str(path))
+        scan(open_file(path))

@@ -23,9 +23,9 @@ def test_images_become_shards_in_the_cache_and_tars_stay_where_they_are(tmp_path
     (tmp_path / "list.csv").write_text("path\nimages/a.jpg\n")
     for name in ("images", "list.csv"):
         index = open_dataset(str(tmp_path / name))
-        assert (index.num_samples, index.folder.parent) == (1, cache / "shards")
+        assert (index.num_samples, Path(index.folder).parent) == (1, cache / "shards")
     data = write_dataset(tmp_path / "data", [3, 2])
-    assert open_dataset(str(data)).shard_path(1) == str(data / "shard-000001.tar")
+    assert open_dataset(str(data)).shard_url(1) == str(data / "shard-000001.tar")
     assert sorted(path.name for path in data.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
 
 

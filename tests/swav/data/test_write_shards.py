@@ -2,7 +2,6 @@ import json
 import multiprocessing
 import os
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +42,23 @@ def test_files_arrive_byte_for_byte_with_labels(images: Path, tmp_path: Path) ->
     assert _contents(index) == expected
     assert index.rows_per_shard.tolist() == [4, 4, 2]
     assert (tmp_path / "out" / "classes.txt").read_text() == "class-0\nclass-1\nclass-2\n"
-    assert open_index(str(tmp_path / "out")) == index
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert open_index(str(tmp_path / "out")).table.tolist() == index.table.tolist()
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[:-1] == [
         "classes.txt", "index", "index.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar",
     ]  # fmt: skip
+    assert names[-1].startswith("shards-")
 
 
 def test_other_readers_see_plain_shards(images: Path, tmp_path: Path) -> None:
     index = write_shards(str(images), str(tmp_path / "out"))
-    with Path(index.shard_path(0)).open("rb") as file:  # WebDataset itself would leave it open
+    with Path(index.shard_url(0)).open("rb") as file:  # WebDataset itself would leave it open
         samples = list(group_by_keys(tar_file_expander([{"url": "shard", "stream": file}])))
     assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == _contents(index)
     keys = [sample["__key__"] for sample in samples]
     assert keys[:2] == ["000000000-class-0_photo_0", "000000001-class-0_photo_3"]
-    with tarfile.open(index.shard_path(0)) as archive:
+    with tarfile.open(index.shard_url(0)) as archive:
         assert {(member.mtime, tuple(member.pax_headers)) for member in archive} == {(0, ())}
-
-
-def test_the_index_has_the_checksum_of_each_shard(images: Path, tmp_path: Path) -> None:
-    index = write_shards(str(images), str(tmp_path / "out"), samples_per_shard=4)
-    for number, shard in enumerate(index.shards):
-        assert zlib.crc32(Path(index.shard_path(number)).read_bytes()) == shard.crc32
 
 
 def test_bytes_per_shard_ends_a_shard(images: Path, tmp_path: Path) -> None:
@@ -107,9 +102,9 @@ def test_broken_images_are_copied_and_other_files_counted(
 def test_a_finished_folder_is_recognised(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_shards(str(images), str(tmp_path / "out"))
     monkeypatch.setattr(FileSource, "load", lambda *_: pytest.fail("written twice"))
-    assert write_shards(str(images), str(tmp_path / "out")) == first
+    assert write_shards(str(images), str(tmp_path / "out")).identity == first.identity
     moved = images.rename(tmp_path / "moved")
-    assert write_shards(str(moved), str(tmp_path / "out")) == first
+    assert write_shards(str(moved), str(tmp_path / "out")).identity == first.identity
     moved.rename(images)
     with pytest.raises(ValueError, match="shards of this source, but the options have changed since"):
         write_shards(str(images), str(tmp_path / "out"), samples_per_shard=3)
@@ -196,7 +191,7 @@ def test_a_call_that_was_killed_at_once_starts_again(images: Path, tmp_path: Pat
 def test_a_call_that_was_killed_at_the_very_end_is_finished(images: Path, tmp_path: Path) -> None:
     first = write_shards(str(images), str(tmp_path / "out"))
     (tmp_path / "out" / "write_shards.json").write_text("{}")
-    assert write_shards(str(images), str(tmp_path / "out")) == first
+    assert write_shards(str(images), str(tmp_path / "out")).identity == first.identity
     assert not (tmp_path / "out" / "write_shards.json").exists()
 
 

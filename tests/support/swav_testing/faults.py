@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from swav_testing.fault_http import Answered, Behaviour, Fault, Kind, Request, Server
+from swav_testing.fault_http import Server
+from swav_testing.fault_kinds import Answered, Behaviour, Fault, Kind, Request
 
 __all__ = ["ALL", "Answered", "FaultProxy", "Kind", "Request"]
 
@@ -112,8 +113,8 @@ class FaultProxy:
             kind: of the harm; None lets them pass.
             key: of the object; None for any request, "" for those on a bucket, such as listings.
             method: of the request.
-            at_byte: of the body where it happens (of what is uploaded, for PUT; the claimed length, for LENGTH);
-                drawn where None.
+            at_byte: of the body where it happens (of what is uploaded, for PUT; of the head, where there is no body; the
+                claimed length, for LENGTH); drawn where None.
             times: how many requests.
         """
         with self._lock:

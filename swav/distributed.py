@@ -12,9 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A silent partition is noticed after this long; torch's default of 10 to 30 minutes wastes a node's time.
-COLLECTIVE_TIMEOUT_SECONDS = 120.0
-
 
 def rank() -> int:
     """This process's place among all, from 0."""
@@ -37,16 +34,21 @@ def share(total: int, of_rank: int, of_world: int) -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Join the group that torchrun describes in the environment; without torchrun, do nothing.
 
     CPU tensors always travel by gloo, so that flags and counters never make a GPU wait.
+
+    Args:
+        device: where this rank computes.
+        timeout_seconds: for every collective, and to join: a peer that is silent for longer counts as lost, and this
+            rank fails. Torch's default of 10 to 30 minutes wastes a node's time.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield
     finally:

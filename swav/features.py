@@ -16,6 +16,7 @@ from swav.data.index import DatasetIndex
 from swav.data.reader import ShardReader
 from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, share, world_size
 from swav.ops.knn import knn_predict
+from swav.watchdog import progress
 
 _BATCH = 256
 
@@ -83,6 +84,7 @@ def extract_features(
     network.eval()
     values, labels, num_broken = [], [], 0
     for images, batch_labels, broken in _batches(index, first, last, config, num_threads):
+        progress()
         num_broken += broken
         if len(images):
             normalized = (images.to(device).float() / 255 - mean) / std

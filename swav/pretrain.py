@@ -12,14 +12,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from swav.config import EvaluateConfig, PretrainConfig
 from swav.data.index import DatasetIndex
 from swav.data.source import has_labels, open_dataset
-from swav.distributed import pick_device, process_group, rank
+from swav.distributed import barrier, pick_device, process_group, rank
 from swav.features import Evaluation
 from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
-from swav.program import run
+from swav.program import run, stop_at_once
 from swav.recipes import configure
+from swav.run_folder import sole_writer
 from swav.storage import Location, is_remote, join, local_path, stat, write_atomic
 from swav.train import check_run_folder, evaluate, train
+from swav.watchdog import ends_when_stalled
 
 _logger = logging.getLogger(__name__)
 
@@ -45,19 +47,27 @@ def pretrain(config: PretrainConfig, output: Location) -> dict[str, dict[str, fl
             "%s has %d images, fewer than optim.global_batch=%d: a step takes them all, at a learning rate for more",
             *(config.data.url, index.num_samples, config.optim.global_batch),
         )
-    with process_group(device):
+    timeout_seconds = config.runtime.collective_timeout_seconds
+    with (
+        ends_when_stalled(config.runtime.stalled_after_seconds),
+        stop_at_once("stopped on request before or after training; what was trained is saved"),
+        process_group(device, timeout_seconds),
+    ):
         check_run_folder(config, index, output)
-        result: dict[str, dict[str, float]] = {}
-        if evaluation is not None and evaluation.config.baselines:
-            result["raw pixels"] = evaluate(nn.Flatten(), evaluation, config, device)
-            result["random backbone"] = evaluate(build_backbone(config).to(device), evaluation, config, device)
-        method = train(config, index, output, device, evaluation)
-        if rank() == 0:
-            save_backbone(method.backbone, config.model, join(output, "backbone.pt"), **image_sizes(config.evaluate))
-        if evaluation is not None:
-            result["trained backbone"] = evaluate(method.backbone, evaluation, config, device)
-        if rank() == 0:
-            write_atomic(join(output, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
+        with sole_writer(output, wait_seconds=timeout_seconds / 2):
+            result: dict[str, dict[str, float]] = {}
+            if evaluation is not None and evaluation.config.baselines:
+                result["raw pixels"] = evaluate(nn.Flatten(), evaluation, config, device)
+                result["random backbone"] = evaluate(build_backbone(config).to(device), evaluation, config, device)
+            method = train(config, index, output, device, evaluation)
+            if rank() == 0:
+                sizes = image_sizes(config.evaluate)
+                save_backbone(method.backbone, config.model, join(output, "backbone.pt"), **sizes)
+            if evaluation is not None:
+                result["trained backbone"] = evaluate(method.backbone, evaluation, config, device)
+            if rank() == 0:
+                write_atomic(join(output, "result.json"), (json.dumps(result, indent=2) + "\n").encode())
+            barrier()  # a launcher takes the first rank that ends well for the run being done
     return result
 
 

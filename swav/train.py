@@ -41,6 +41,7 @@ from swav.optim.lars import LARS, parameter_groups
 from swav.optim.schedule import warmup_cosine
 from swav.program import Stopped
 from swav.storage import Location, join, write_atomic
+from swav.watchdog import progress
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Do not copy rank 0's buffers before each forward pass: batch norm and queue are equal on every rank by construction.
@@ -121,6 +122,7 @@ def train(
                     state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
                     report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
                     stopping = any_rank(stop.is_set)
+                    progress(state.step)
                     if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
                         report.check_finite()
                         report.publish()
@@ -134,6 +136,10 @@ def train(
             state.counts.zero_()
             if evaluation and evaluation.config.every_epochs and (epoch + 1) % evaluation.config.every_epochs == 0:
                 report.knn(state.step, evaluate(state.method.backbone, evaluation, config, device))
+        if any_rank(stop.is_set):  # while the last epoch was evaluated
+            writer.wait()
+            barrier()
+            raise Stopped(f"stopped on request after the last step, {num_steps}; its state is saved")
     return state.method
 
 
@@ -274,7 +280,9 @@ def restore(state: TrainState, index: DatasetIndex, folder: Location) -> None:
     step = int(all_reduce_max(torch.tensor(-1 if newest is None else newest)))
     if step < 0:
         return
+    progress()
     saved = checkpoint.load(folder, step)
+    progress()
     if saved["data_identity"] != index.identity:
         raise ValueError(
             f"the checkpoint of step {step} in {folder} was trained on other data (identity {saved['data_identity']}, "

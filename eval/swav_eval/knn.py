@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import swav
-from swav.config import EvaluateConfig
+from swav.config import EvaluateConfig, RuntimeConfig
 from swav.data.source import open_dataset
 from swav.distributed import cores_of_rank, pick_device, process_group, rank
 from swav.features import extract_features, knn_accuracies
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             resize_px=sizes.resize_px if options.resize_px is None else options.resize_px,
             crop_px=sizes.crop_px if options.crop_px is None else options.crop_px,
         )
-        with process_group(device):
+        with process_group(device, RuntimeConfig().collective_timeout_seconds):
             result = knn(options.backbone, config, device=device)
             if rank() == 0:
                 text = json.dumps(result, indent=2) + "\n"

@@ -85,7 +85,7 @@ def test_without_a_group_the_world_is_one_rank() -> None:
 
 def test_without_torchrun_no_group_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with process_group(torch.device("cpu")):
+    with process_group(torch.device("cpu"), 60):
         assert not dist.is_initialized()
 
 
@@ -94,11 +94,11 @@ def test_the_environment_of_torchrun_is_joined_and_left(monkeypatch: pytest.Monk
     joined: list[Any] = []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **settings: joined.append((args, settings)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: joined.append("left"))
-    with pytest.raises(KeyError), process_group(torch.device("cpu")):
+    with pytest.raises(KeyError), process_group(torch.device("cpu"), 45.5):
         raise KeyError
     (arguments, settings), left = joined
     assert arguments == ("gloo",)
-    assert 60 <= settings["timeout"].total_seconds() <= 300
+    assert settings["timeout"].total_seconds() == 45.5
     assert left == "left"
 
 

@@ -51,6 +51,7 @@ def test_a_label_that_is_no_number_is_named(tmp_path: Path, label: bytes) -> Non
 
 def test_a_shard_that_shrank_is_named(tmp_path: Path) -> None:
     with _reader(write_dataset(tmp_path, [3])) as reader:
+        assert reader.image(0) == b"image-0"
         os.truncate(tmp_path / "shard-000000.tar", 515)
         with pytest.raises(RuntimeError, match=r"shard-000000\.tar ends inside the bytes 512\.\.519"):
             reader.image(0)

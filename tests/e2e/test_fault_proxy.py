@@ -59,11 +59,15 @@ def _signed(client: boto3.client, method: str, **parameters: str) -> str:
 
 
 def raw_get(proxy: FaultProxy, url: str, *, timeout: float = 10) -> tuple[bytes, bytes]:
+    return raw(proxy, f"GET {url}", timeout=timeout)
+
+
+def raw(proxy: FaultProxy, request: str, *, timeout: float = 10) -> tuple[bytes, bytes]:
     """Head and body of an answer as they came, up to the end of the connection."""
     address = urlsplit(proxy.url)
     received = b""
     with socket.create_connection((address.hostname, address.port), timeout=timeout) as connection:
-        connection.sendall(f"GET {url} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(f"{request} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n\r\n".encode())
         try:
             while piece := connection.recv(1 << 16):
                 received += piece
@@ -277,3 +281,12 @@ def test_chance_harms_its_share_in_every_way(server: S3Server, url: str) -> None
         assert proxy.counts.keys() == set(ALL)
         assert 22 < proxy.counts.total() < 70
     assert seen[0] == seen[1] != seen[2]
+
+
+def test_a_head_can_be_cut_too(proxy: FaultProxy, client: boto3.client) -> None:
+    url = _signed(client, "head_object", Key=KEY)
+    proxy.plan(Kind.DROP, method="HEAD", at_byte=40)
+    head, body = raw(proxy, f"HEAD {url}")
+    assert len(head) == 40
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert body == b""

@@ -66,6 +66,7 @@ class FaultProxy:
         self.log: list[Answered] = []
         self._seed, self._num_drawn = seed, 0
         self._planned: list[_Planned] = []
+        self._deck: list[Kind] = []
         self._lock = threading.Lock()
         self.behaviour = Behaviour(
             upstream_url, slow_start_seconds, stall_seconds, trickle_bytes_per_second, self._draw, self.log.append
@@ -113,7 +114,7 @@ class FaultProxy:
             kind: of the harm; None lets them pass.
             key: of the object; None for any request, "" for those on a bucket, such as listings.
             method: of the request.
-            at_byte: of the body where it happens (of what is uploaded, for PUT; of the head, where there is no body; the
+            at_byte: of the body where it happens (of what is uploaded, for PUT; of the head, without body; the
                 claimed length, for LENGTH); drawn where None.
             times: how many requests.
         """
@@ -128,10 +129,18 @@ class FaultProxy:
                 if planned.times and planned.method == request.method and planned.key in (None, request.key):
                     planned.times -= 1
                     return Fault(planned.kind, planned.at_byte, draws) if planned.kind is not None else None
-        possible = [kind for kind in self.kinds if _can_harm(kind, request)]
-        if not possible or draws.random() >= self.rate:
-            return None
-        return Fault(draws.choice(possible), None, draws)
+            if draws.random() >= self.rate or not any(_can_harm(kind, request) for kind in self.kinds):
+                return None
+            return Fault(self._next_kind(request, draws), None, draws)
+
+    def _next_kind(self, request: Request, draws: random.Random) -> Kind:
+        """As from a deck of cards: each kind comes before any comes again, so that a short test meets all (locked)."""
+        self._deck = [kind for kind in self._deck if kind in self.kinds]
+        if not any(_can_harm(kind, request) for kind in self._deck):
+            self._deck += draws.sample(self.kinds, len(self.kinds))
+        kind = next(kind for kind in self._deck if _can_harm(kind, request))
+        self._deck.remove(kind)
+        return kind
 
 
 def _can_harm(kind: Kind, request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -43,10 +44,10 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """Images as files."""
+    """Images as files, of this machine or of a store."""
 
-    root: Path
-    names: list[str]  # relative to the root
+    root: str  # a folder's url
+    names: list[str]  # relative to the root, or absolute
     labels: list[int] | None
     classes: list[str] | None
     num_skipped: int
@@ -55,7 +56,9 @@ class FileSource:
         return len(self.names)
 
     def digest(self) -> str:
-        """A digest of names, sizes, modification times and labels.
+        """A digest of names and labels, and of sizes and modification times.
+
+        A store is not asked for the latter, which would cost a request per image.
 
         Raises:
             ValueError: a name is no regular file, such as a link to nothing.
@@ -63,9 +66,13 @@ class FileSource:
         """
         digest = hashlib.sha256()
         for number, name in enumerate(self.names):
-            found = _stat_file(self.root / name)
-            label = None if self.labels is None else self.labels[number]
-            digest.update(json.dumps([name, found.st_size, found.st_mtime_ns, label]).encode())
+            url = storage.join(self.root, name)
+            facts: list[object] = [url]
+            if not storage.is_remote(url):
+                found = _stat_file(Path(url))
+                facts = [name, found.st_size, found.st_mtime_ns]
+            facts.append(None if self.labels is None else self.labels[number])
+            digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
 
     def load(self, number: int) -> tuple[str, dict[str, bytes]]:
@@ -75,16 +82,16 @@ class FileSource:
             RuntimeError: it cannot be read.
         """
         name = self.names[number]
-        path = self.root / name
+        url = storage.join(self.root, name)
+        suffix = Path(name).suffix
         try:
-            members = {path.suffix[1:].lower(): path.read_bytes()}
+            members = {suffix[1:].lower(): storage.read(url) if storage.is_remote(url) else Path(url).read_bytes()}
         except OSError as error:
-            raise RuntimeError(
-                f"{path} cannot be read ({error.strerror}); make it readable, or leave it out"
-            ) from error
+            reason = error.strerror or str(error)
+            raise RuntimeError(f"{url} cannot be read ({reason}); make it readable, or leave it out") from error
         if self.labels is not None:
             members["cls"] = str(self.labels[number]).encode()
-        return name.removesuffix(path.suffix), members
+        return name.removesuffix(suffix), members
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +106,10 @@ class TarSource:
         return self.reader.index.num_samples
 
     def digest(self) -> str:
-        """A digest of the shards' names, sizes and modification times."""
-        index = self.reader.index
-        return hashlib.sha256(f"{index.identity} {index.table['mtime_ns'].tolist()}".encode()).hexdigest()
+        """A digest of the shards' names, sizes and ETags or modification times."""
+        table = self.reader.index.table
+        facts = f"{self.reader.index.identity} {table['mtime_ns'].tolist()} {table['etag'].tolist()}"
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def load(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Read a sample's image, label and JSON."""
@@ -120,19 +128,22 @@ def find_images(source: str) -> ImageSource:
     Args:
         source: a folder of images (no labels); a folder with one subfolder for each class (the label is the place of
             the subfolder's name among the sorted names; images may lie deeper); tars, as a folder, a pattern or one
-            file; or a ``.csv`` or ``.jsonl`` list with ``path`` and, if there are labels, ``label``.
+            file; or a ``.csv`` or ``.jsonl`` list with ``path`` (of a file, or a url) and, if there are labels,
+            ``label``. Tars and lists may stand in a store.
 
     Raises:
         ValueError: there are no images, or it is not clear what is meant; says what to do.
     """
-    path = storage.local_path(source).absolute()
-    if path.is_dir():
-        return _from_folder(path)
-    if path.suffix.lower() in (".csv", ".jsonl"):
-        return _from_list(path)
-    if path.suffix == ".tar" or storage.has_pattern(source):
-        return _from_tars(source, path.parent)
-    if path.exists():
+    location = storage.absolute(source)
+    if not storage.is_remote(source) and Path(location).is_dir():
+        return images_in(Path(location), list_folder(Path(location)))
+    if location.lower().endswith((".csv", ".jsonl")):
+        return _from_list(location)
+    if storage.is_remote(source):
+        return _from_tars(source, location.rpartition("/")[0] if location.endswith(".tar") else location)
+    if location.endswith(".tar") or storage.has_pattern(source):
+        return _from_tars(source, location.rpartition("/")[0])
+    if Path(location).exists():
         raise ValueError(f"{source} is one file; give a folder of images, a .csv or .jsonl list, or tars")
     raise ValueError(f"{source}: there is no such folder; give a folder, a .csv or .jsonl list, or tars")
 
@@ -169,11 +180,11 @@ def list_folder(folder: Path) -> FolderListing:
     return FolderListing(names, tars, images, nested)
 
 
-def _from_folder(folder: Path) -> ImageSource:
-    listing = list_folder(folder)
+def images_in(folder: Path, listing: FolderListing) -> ImageSource:
+    """The samples of a folder that was listed; see :func:`find_images`."""
     names, images, nested = listing.names, listing.images, listing.nested
     if listing.tars:
-        return _from_tars(str(folder), folder)
+        return _from_tars(str(folder), str(folder))
     classes = sorted({name.partition("/")[0] for name in nested})
     if classes and {name.lower() for name in classes} <= _SPLIT_NAMES:
         raise ValueError(
@@ -181,7 +192,7 @@ def _from_folder(folder: Path) -> ImageSource:
             f"example {folder / classes[0]}"
         )
     if images:
-        return FileSource(folder, images, None, None, len(names) - len(images))
+        return FileSource(str(folder), images, None, None, len(names) - len(images))
     if not classes:
         raise ValueError(f"{folder}: no images found ({_kinds(names)}); known extensions: {known_extensions()}")
     unwritable = [name for name in classes if len(name.splitlines()) != 1]
@@ -189,7 +200,7 @@ def _from_folder(folder: Path) -> ImageSource:
         raise ValueError(f"{folder} has a folder named {unwritable[0]!r}, which is no line of text; rename it")
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[name.partition("/")[0]] for name in nested]
-    return FileSource(folder, nested, labels, classes, len(names) - len(nested))
+    return FileSource(str(folder), nested, labels, classes, len(names) - len(nested))
 
 
 def _kinds(names: list[str]) -> str:
@@ -230,70 +241,79 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _from_list(path: Path) -> ImageSource:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such list")
-    try:
-        rows = list(_list_rows(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); write one image per line, as path,label") from error
-    if not rows:
-        raise ValueError(f"{path} lists no images; write one per line")
+def _from_list(url: str) -> ImageSource:
+    rows = _read_list(url)
     texts = [label for _, _, label in rows if label is not None]
     if len(texts) not in (0, len(rows)):
         line = next(line for line, _, label in rows if label is None)
-        raise ValueError(f"{path}, line {line} has no label and others have one; label all images or none")
+        raise ValueError(f"{url}, line {line} has no label and others have one; label all images or none")
     numbered = all(re.fullmatch(r"-?[0-9]+", text) for text in texts)
     classes = None if numbered else sorted(set(texts))
     numbers = {text: int(text) if classes is None else classes.index(text) for text in set(texts)}
+    folder = url.rpartition("/")[0]
     names, labels = [], []
     for line, name, label in rows:
-        file = path.parent / name
-        if not file.is_file():
-            raise ValueError(f"{path}, line {line}: there is no file {file} (paths are relative to the list)")
+        file = storage.join(folder, name)
+        if not storage.is_remote(file) and not Path(file).is_file():
+            raise ValueError(f"{url}, line {line}: there is no file {file} (paths are relative to the list)")
         if _is_image(name):
             names.append(name)
             labels += [] if label is None else [numbers[label]]
     if not names:
         listed = [name for _, name, _ in rows]
-        raise ValueError(f"{path}: no images found ({_kinds(listed)}); known extensions: {known_extensions()}")
-    return FileSource(path.parent, names, labels or None, classes, len(rows) - len(names))
+        raise ValueError(f"{url}: no images found ({_kinds(listed)}); known extensions: {known_extensions()}")
+    return FileSource(folder, names, labels or None, classes, len(rows) - len(names))
 
 
-def _list_rows(path: Path) -> Iterator[tuple[int, str, str | None]]:
+def _read_list(url: str) -> list[tuple[int, str, str | None]]:
+    if not storage.is_remote(url) and not Path(url).is_file():
+        raise ValueError(f"{url}: there is no such list")
+    try:
+        rows = list(_list_rows(url, storage.read(url).decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{url}: there is no such list") from error
+    except csv.Error as error:
+        raise ValueError(f"{url} is no CSV ({error}); write one image per line, as path,label") from error
+    if not rows:
+        raise ValueError(f"{url} lists no images; write one per line")
+    return rows
+
+
+def _list_rows(url: str, text: str) -> Iterator[tuple[int, str, str | None]]:
     """Line number, path and label of each entry."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or ()):
-                raise ValueError(
-                    f"{path}: the first line must name the columns, path and perhaps label; it is "
-                    f"{','.join(reader.fieldnames or ())!r}"
-                )
-            for row in reader:
-                yield reader.line_num, row["path"] or "", row.get("label") or None
-            return
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no JSON ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-                raise ValueError(f'{path}, line {number} must be an object like {{"path": "a.jpg", "label": 3}}')
-            label = record.get("label")
-            yield number, record["path"], None if label is None else str(label)
+    file = io.StringIO(text, newline="")
+    if url.lower().endswith(".csv"):
+        reader = csv.DictReader(file)
+        if "path" not in (reader.fieldnames or ()):
+            raise ValueError(
+                f"{url}: the first line must name the columns, path and perhaps label; it is "
+                f"{','.join(reader.fieldnames or ())!r}"
+            )
+        for row in reader:
+            yield reader.line_num, row["path"] or "", row.get("label") or None
+        return
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{url}, line {number} is no JSON ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get("path"), str):
+            raise ValueError(f'{url}, line {number} must be an object like {{"path": "a.jpg", "label": 3}}')
+        label = record.get("label")
+        yield number, record["path"], None if label is None else str(label)
 
 
-def _from_tars(url: str, folder: Path) -> ImageSource:
+def _from_tars(url: str, folder: str) -> ImageSource:
     index = open_index(url)
-    reader = ShardReader(index)
-    names = folder / "classes.txt"
-    classes = names.read_text("utf-8", "surrogateescape").splitlines() if names.is_file() else None
-    return TarSource(reader, classes, int(index.table["keys_without_image"].sum()))
+    names = storage.join(folder, "classes.txt")
+    classes = None
+    if storage.stat(names) is not None:
+        classes = storage.read(names).decode("utf-8", "surrogateescape").splitlines()
+    return TarSource(ShardReader(index), classes, int(index.table["keys_without_image"].sum()))
 
 
 def _stat_file(path: Path) -> os.stat_result:

@@ -2,15 +2,16 @@
 
 import errno
 import logging
+from pathlib import Path
 
 import numpy as np
 
 from swav import storage
 from swav.data.demo import DEMO_VERSION, write_demo_shards
-from swav.data.image_source import find_images, list_folder
+from swav.data.image_source import ImageSource, find_images, images_in, list_folder
 from swav.data.index import DatasetIndex, open_index
 from swav.data.reader import ShardReader
-from swav.data.write_shards import write_shards
+from swav.data.write_shards import write_images
 
 _logger = logging.getLogger(__name__)
 
@@ -29,11 +30,15 @@ def open_dataset(url: str) -> DatasetIndex:
     """
     if url in ("demo/train", "demo/test"):
         return open_index(_demo_shards(url.removeprefix("demo/")))
-    path = storage.local_path(url)
     try:
-        if path.is_dir():
-            return open_index(url) if _has_index(url) or list_folder(path).tars else _shards_of_images(url)
-        return _shards_of_images(url) if path.suffix.lower() in (".csv", ".jsonl") else open_index(url)
+        location = storage.absolute(url)
+        folder = None if storage.is_remote(url) or not Path(location).is_dir() else Path(location)
+        if folder is None and location.lower().endswith((".csv", ".jsonl")):
+            return _shards_of_images(url, find_images(url))
+        if folder is None or (folder / "index.json").exists():
+            return open_index(url)
+        listing = list_folder(folder)
+        return open_index(url) if listing.tars else _shards_of_images(url, images_in(folder, listing))
     except OSError as error:
         remedy = "mend that"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -64,10 +69,6 @@ def has_labels(index: DatasetIndex) -> bool:
     return labelled > 0
 
 
-def _has_index(url: str) -> bool:
-    return (storage.local_path(url) / "index.json").exists()
-
-
 def _demo_shards(split: str) -> str:
     folder = storage.cache_folder() / f"demo-{DEMO_VERSION}"
     with storage.locked(folder.with_suffix(".lock")):
@@ -76,10 +77,10 @@ def _demo_shards(split: str) -> str:
     return str(folder / split)
 
 
-def _shards_of_images(url: str) -> DatasetIndex:
-    digest = find_images(url).digest()
+def _shards_of_images(url: str, images: ImageSource) -> DatasetIndex:
+    digest = images.digest()
     folder = storage.cache_folder() / "shards" / digest[:32]
     with storage.locked(folder.with_suffix(".lock")):
         if not (folder / "index.json").exists():
             _logger.info("writing the images of %s as shards into %s", url, folder)
-        return write_shards(url, str(folder))
+        return write_images(images, digest, url, str(folder))

@@ -107,7 +107,7 @@ def _next_member(file: Readable, position: int, total: int, count: int) -> tuple
             extensions.start = position
         _check_inside(file.url, position + BLOCK_BYTES, size, total, count)
         _read_extension(file, kind, position + BLOCK_BYTES, size, extensions)
-        position += BLOCK_BYTES + _padded(size)
+        position += BLOCK_BYTES + padded(size)
         if position + BLOCK_BYTES > total:
             _check_inside(file.url, position, BLOCK_BYTES, total, count)
     if kind == b"S":
@@ -120,7 +120,7 @@ def _next_member(file: Readable, position: int, total: int, count: int) -> tuple
     start = position if extensions.start is None else extensions.start
     member = TarMember(name, position + BLOCK_BYTES, size, start)
     is_file = kind in _FILE_TYPES and not name.endswith("/")
-    return member if is_file else None, position + BLOCK_BYTES + _padded(size)
+    return member if is_file else None, position + BLOCK_BYTES + padded(size)
 
 
 def _refuse_other_formats(file: Readable, total: int) -> None:
@@ -231,5 +231,6 @@ def _decode(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """The bytes that a member of some size takes up."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES

@@ -8,26 +8,46 @@ import json
 import logging
 import re
 import sys
-import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any, BinaryIO
 
+import google_crc32c
 import numpy as np
 import webdataset
 from tqdm import tqdm
 
 from swav import rng, storage
+from swav.data import tar
 from swav.data.image_source import ImageSource, find_images
 from swav.data.index import DatasetIndex, build_index, open_index
-from swav.data.index_build import UNFINISHED_MARK
+from swav.data.index_build import UNFINISHED_MARK, Building, finished_shard, write_rows
+from swav.data.scan import ROW_DTYPE, make_row
+from swav.data.shard_table import Shard
 
-_FORMAT = "swav.write_shards/1"
+_FORMAT = "swav.write_shards/2"
 _LOCK_NAME = ".write_shards.lock"
 _SHARD = re.compile(r"shard-[0-9]{6,}\.tar")
-_PARTIAL = re.compile(r"\.(shard-[0-9]{6,}\.tar|write_shards\.json|classes\.txt|index\.json)\.[0-9a-f]+\.partial")
+_PARTIAL = re.compile(
+    r"\.(shard-[0-9]{6,}\.tar|write_shards\.json|classes\.txt|index\.json|shards-[0-9a-f]{8}\.npy)"
+    r"\.[0-9a-f]+\.partial"
+)
+_THREADS = 16  # that read images ahead
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How samples are laid out in shards."""
+
+    samples_per_shard: int
+    bytes_per_shard: int
+    shuffle: int | None
 
 
 def write_shards(
@@ -42,13 +62,14 @@ def write_shards(
 
     The folder then holds ``shard-000000.tar`` and so on, the index, and, if classes have names, ``classes.txt`` (one
     name per line, in the order of the labels). A sample's key is its number and its old path without dots, so keys are
-    unique and lead back to the file. The index, with each shard's CRC-32, is written last: a folder without it is not
-    finished, and the same call starts it again; of several calls at once on one host, one writes and the others wait.
-    A folder that was finished with the same options from a source that has not changed is opened.
+    unique and lead back to the file. The index, with the CRC-32C of each member, is written last: a folder without it
+    is not finished, and the same call goes on after the last whole shard; of several calls at once on one host, one
+    writes to a local folder and the others wait. A folder that was finished with the same options from a source that
+    has not changed is opened.
 
     Args:
         source: see :func:`swav.data.image_source.find_images`.
-        out: a new or empty folder.
+        out: a new or empty folder, local or in a store.
         samples_per_shard: a new shard begins after so many samples,
         bytes_per_shard: or once its members have so many bytes.
         shuffle: seed of a shuffle of the samples; None keeps the source's sorted order, which is enough for training,
@@ -57,66 +78,84 @@ def write_shards(
     Raises:
         ValueError: the source is not understood, ``out`` holds something else, or an option is below 1.
         RuntimeError: an image cannot be read.
-        OSError: a shard cannot be written, or the disk is full; the same call then starts again.
+        OSError: a shard cannot be written, or the disk is full; the same call then goes on.
     """
     if min(samples_per_shard, bytes_per_shard) < 1:
         raise ValueError(f"a shard needs at least 1 sample and 1 byte, got {samples_per_shard} and {bytes_per_shard}")
     images = find_images(source)
-    folder = storage.local_path(out).absolute()
+    options = _Options(samples_per_shard, bytes_per_shard, shuffle)
+    return write_images(images, images.digest(), source, out, options)
+
+
+def write_images(
+    images: ImageSource,
+    digest: str,
+    source: str,
+    out: str,
+    options: _Options = _Options(10_000, 256_000_000, None),
+) -> DatasetIndex:
+    """Write a source that was listed, and whose digest is known; see :func:`write_shards`."""
+    folder = storage.absolute(out)
     record = {
         "format": _FORMAT,
-        "source": str(storage.local_path(source).absolute()),
-        "digest": images.digest(),
+        "source": storage.absolute(source),
+        "digest": digest,
         "num_samples": len(images),
-        "options": [samples_per_shard, bytes_per_shard, shuffle],
+        "options": [options.samples_per_shard, options.bytes_per_shard, options.shuffle],
     }
-    if not _is_finished(folder, record):
-        with storage.locked(folder / _LOCK_NAME):
-            if not _is_finished(folder, record):  # by whom we waited for
-                return _write(images, folder, record)
+    index = _finished(folder, record)
+    if index is None:
+        with _lock(folder):
+            index = _finished(folder, record)  # by whom we waited for
+            if index is None:
+                return _write(images, folder, record, options)
     _tidy(folder)
     logger.info("%s already holds these %d samples", folder, len(images))
-    return open_index(str(folder))
+    return index
 
 
-def _write(images: ImageSource, folder: Path, record: dict[str, Any]) -> DatasetIndex:
+def _lock(folder: str) -> AbstractContextManager[None]:
+    return nullcontext() if storage.is_remote(folder) else storage.locked(storage.join(folder, _LOCK_NAME))
+
+
+def _write(images: ImageSource, folder: str, record: dict[str, Any], options: _Options) -> DatasetIndex:
     """Write shards and index into a folder that is locked."""
-    _start(folder, record)
-    samples_per_shard, bytes_per_shard, shuffle = record["options"]
+    shards = _start(folder, record)
     if images.num_skipped:
         logger.warning(
             "%s: %d files are no images by their name and are left out", record["source"], images.num_skipped
         )
     order = np.arange(len(images))
-    if shuffle is not None:
-        rng.generator(shuffle, "write shards").shuffle(order)
-    _write_all(images, [int(number) for number in order], folder, samples_per_shard, bytes_per_shard)
+    if options.shuffle is not None:
+        rng.generator(options.shuffle, "write shards").shuffle(order)
+    _write_all(images, order.tolist(), folder, shards, options)
     if images.classes is not None:
         names = "\n".join(images.classes) + "\n"
-        storage.write_atomic(folder / "classes.txt", names.encode("utf-8", "surrogateescape"))
-    index = build_index(str(folder), str(folder), written_from=record)
+        storage.write_atomic(storage.join(folder, "classes.txt"), names.encode("utf-8", "surrogateescape"))
+    index = build_index(folder, folder, Building(processes=1), written_from=record)
     _tidy(folder)
     return index
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: str) -> None:
     """Remove what only an unfinished folder needs; whoever waits for the lock then finds a finished one."""
-    for name in (UNFINISHED_MARK, _LOCK_NAME):
-        if (folder / name).exists():
-            (folder / name).unlink(missing_ok=True)
+    storage.remove(storage.join(folder, UNFINISHED_MARK))
+    if not storage.is_remote(folder):
+        storage.remove(storage.join(folder, _LOCK_NAME))
 
 
-def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the folder holds what is to be written.
+def _finished(folder: str, record: dict[str, Any]) -> DatasetIndex | None:
+    """The folder's index, where it holds what is to be written.
 
     Raises:
         ValueError: it holds shards of something else.
     """
-    if not (folder / "index.json").exists():
-        return False
-    found = open_index(str(folder)).written_from
+    if storage.stat(storage.join(folder, "index.json")) is None:
+        return None
+    index = open_index(folder)
+    found = index.written_from
     if found is not None and {**found, "source": None} == {**record, "source": None}:  # the source may have moved
-        return True
+        return index
     what = "shards that this program did not write" if found is None else f"shards of {found.get('source')}"
     if found is not None and found.get("source") == record["source"]:
         changed = "source has" if found.get("digest") != record["digest"] else "options have"
@@ -124,48 +163,153 @@ def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
     raise ValueError(f"{folder} already holds {what}; choose another folder, or remove it first")
 
 
-def _start(folder: Path, record: dict[str, Any]) -> None:
+def _start(folder: str, record: dict[str, Any]) -> list[Shard]:
     """Take possession of a folder: empty, or left by a call of ours that was interrupted.
+
+    Returns:
+        The shards of such a call that are whole.
 
     Raises:
         ValueError: it holds other files.
     """
-    mark = folder / UNFINISHED_MARK
-    present = sorted(path.name for path in folder.iterdir() if path.name != _LOCK_NAME)
+    mark = storage.join(folder, UNFINISHED_MARK)
+    present = [name for name in _names(folder) if name != _LOCK_NAME]
     foreign = [name for name in present if not _PARTIAL.fullmatch(name)]
-    if foreign and not mark.exists():
-        (folder / _LOCK_NAME).unlink(missing_ok=True)
+    if foreign and UNFINISHED_MARK not in present:
+        if not storage.is_remote(folder):
+            storage.remove(storage.join(folder, _LOCK_NAME))
         raise ValueError(f"{folder} is not empty (it holds {foreign[0]}); choose a new folder for the shards")
-    leftovers = [folder / name for name in present if _PARTIAL.fullmatch(name) or _SHARD.fullmatch(name)]
-    leftovers += (folder / "index").glob(".*.partial")
-    if leftovers:
-        logger.info("%s: an interrupted call left %d files; starting again", folder, len(leftovers))
-    for path in leftovers:
-        path.unlink()
-    storage.write_atomic(mark, (json.dumps(record, indent=1) + "\n").encode())
+    same = UNFINISHED_MARK in present and _read_mark(mark) == record
+    shards = _whole_shards(folder) if same else []
+    kept = {shard.name for shard in shards}
+    leftovers = [name for name in present if _PARTIAL.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept)]
+    tables = _names(storage.join(folder, "index"))
+    leftovers += [f"index/{name}" for name in tables if name.endswith(".partial") or not same]
+    if leftovers or kept:
+        logger.info(
+            "%s: an interrupted call left %d whole shards, which are kept, and %d other files, which are not",
+            folder,
+            len(kept),
+            len(leftovers),
+        )
+    for name in leftovers:
+        storage.remove(storage.join(folder, name))
+    if not same:
+        storage.write_atomic(mark, (json.dumps(record, indent=1) + "\n").encode())
+    return shards
 
 
-def _write_all(
-    images: ImageSource, order: list[int], folder: Path, samples_per_shard: int, bytes_per_shard: int
-) -> dict[str, int]:
-    """Write the samples in the given order; returns each shard's CRC-32 by its name."""
-    checksums: dict[str, int] = {}
-    with tqdm(total=len(order), desc="writing shards", unit="image", delay=0.5) as progress:
-        written = 0
-        while written < len(order):
-            name = f"shard-{len(checksums):06d}.tar"
-            with storage.open_atomic(folder / name) as file:
-                stream = _ChecksumStream(file)
-                # mtime: the present time as a float would cost a pax header of 1 KiB for every member
-                with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-                    end, num_bytes = min(written + samples_per_shard, len(order)), 0
-                    while written < end and num_bytes < bytes_per_shard:
-                        stem, members = images.load(order[written])
-                        num_bytes += writer.write({"__key__": _key(written, stem)} | members)
-                        written += 1
+def _names(folder: str) -> list[str]:
+    """What is in a folder; in a local one, folders too."""
+    if storage.is_remote(folder):
+        return storage.list_names(folder)
+    path = storage.local_path(folder)
+    return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+
+def _read_mark(mark: str) -> object:
+    try:
+        return json.loads(storage.read(mark))
+    except ValueError:
+        return None
+
+
+def _whole_shards(folder: str) -> list[Shard]:
+    """The first shards of an interrupted call, up to one that is missing or not whole."""
+    records = set(storage.list_names(storage.join(folder, "index"), "*.json"))
+    shards: list[Shard] = []
+    while f"{(name := _shard_name(len(shards)))}.json" in records:
+        shard = finished_shard(folder, name, storage.stat(storage.join(folder, name)))
+        if shard is None:
+            break
+        shards.append(shard)
+    return shards
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[Shard], options: _Options) -> None:
+    """Write the samples in the given order, after those of the shards that are there."""
+    written = sum(shard.rows for shard in shards)
+    with (
+        tqdm(total=len(order), initial=written, desc="writing shards", unit="image", delay=0.5) as progress,
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="swav-write") as pool,
+    ):
+        samples = _ahead(pool, images, order[written:])
+        try:
+            for number in range(len(shards), len(order)):
+                if written == len(order):
+                    break
+                members: list[tuple[int, ...]] = []
+                url = storage.join(folder, _shard_name(number))
+                with storage.open_atomic(url) as file:
+                    end = min(written + options.samples_per_shard, len(order))
+                    for row in _fill(file, samples, written, end, options.bytes_per_shard):
+                        members.append(row)
                         progress.update()
-            checksums[name] = stream.crc32
-    return checksums
+                written += len(members)
+                _record(folder, _shard_name(number), members)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _fill(
+    file: BinaryIO, samples: Iterator[tuple[str, dict[str, bytes]]], start: int, end: int, bytes_per_shard: int
+) -> Iterator[tuple[int, ...]]:
+    """Write one shard; yields a row of the index for each sample."""
+    layout = _Layout()
+    num_bytes = 0
+    # mtime: the present time as a float would cost a pax header of 1 KiB for every member
+    with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+        for number in range(start, end):
+            stem, members = next(samples)
+            key = _key(number, stem)
+            num_bytes += writer.write({"__key__": key} | members)
+            yield layout.add(members)
+            if num_bytes >= bytes_per_shard:
+                break
+        assert writer.tarstream.offset == layout.position, "a member has more than one header block"
+
+
+def _record(folder: str, name: str, rows: list[tuple[int, ...]]) -> None:
+    found = storage.stat(storage.join(folder, name))
+    if found is None:
+        raise RuntimeError(f"{storage.join(folder, name)} went away while shards were written; run the same call again")
+    shard = Shard(name, found.num_bytes, found.mtime_ns, found.etag, 0, 0, 0, True, 0)
+    write_rows(folder, shard, np.array(rows, dtype=ROW_DTYPE))
+
+
+def _ahead(pool: ThreadPoolExecutor, images: ImageSource, order: list[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Load samples in order, some of them ahead."""
+    numbers = iter(order)
+    pending: deque[Future[tuple[str, dict[str, bytes]]]] = deque()
+    while True:
+        for number in islice(numbers, 2 * _THREADS - len(pending)):
+            pending.append(pool.submit(images.load, number))
+        if not pending:
+            return
+        yield pending.popleft().result()
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Where the members of a shard stand that is being written: sorted in a sample, one header block before each."""
+
+    position: int = 0
+
+    def add(self, members: dict[str, bytes]) -> tuple[int, ...]:
+        """The row of the next sample."""
+        found: dict[str, tar.TarMember] = {}
+        for extension in sorted(members):
+            offset = self.position + tar.BLOCK_BYTES
+            found[extension] = tar.TarMember(extension, offset, len(members[extension]), self.position)
+            self.position = offset + tar.padded(len(members[extension]))
+        cls, metadata = found.pop("cls", None), found.pop("json", None)
+        (image,) = found.values()
+        crc32c = {extension: google_crc32c.value(data) for extension, data in members.items()}
+        return make_row([image, cls, metadata], crc32c)
 
 
 def _key(number: int, stem: str) -> str:
@@ -174,26 +318,13 @@ def _key(number: int, stem: str) -> str:
     return f"{number:09d}-{name[-60:]}"
 
 
-@dataclass(slots=True)
-class _ChecksumStream:
-    """A file that keeps the checksum of what is written to it."""
-
-    file: BinaryIO
-    crc32: int = 0
-
-    def write(self, data: bytes) -> int:
-        self.file.write(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return len(data)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Write shards from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m swav.data.write_shards", description="Write images as webdataset shards with an index."
     )
     parser.add_argument("source", help="folder of images, flat or one subfolder per class; .csv/.jsonl list; or tars")
-    parser.add_argument("out", help="new folder for the shards")
+    parser.add_argument("out", help="new folder for the shards, local or s3://")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
     parser.add_argument("--bytes-per-shard", type=int, default=256_000_000, metavar="N")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the samples (default: sorted order)")

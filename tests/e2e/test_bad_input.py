@@ -344,7 +344,6 @@ REFUSED_DATA: dict[str, tuple[Callable[[Path], Path | str], list[str]]] = {
         lambda folder: write_scenes(folder / "train", (3,)).parent,
         ["1 other files: 1 .tar; to use tars, name their folder, here train"],
     ),
-    "object storage": (lambda _: "s3://bucket/data", ["the scheme s3:// is not supported", "copy or mount the data"]),
     "one image": (lambda folder: write_images(folder, scenes(1)) / "good-000.jpg", ["is no .tar by name; give a"]),
     "a tar without images": (
         lambda folder: write_tar(folder / "x.tar", [("a.txt", b"x")]).parent,

@@ -1,6 +1,8 @@
 """How well the sample order mixes, and how evenly it reads: ours, a full shuffle, and webdataset's buffer.
 
-    python bench/order.py [--samples 1281167] [--classes 1000] [--shards 1000] [--batch 4096]
+    python bench/order.py [--samples 1281167] [--classes 1000] [--shards 1000]
+
+Batches of 4,096; then the same for ten times the samples and shards.
 
 The worst case for mixing: every shard holds neighbouring classes only. Deterministic: the tables are the same
 anywhere. The buffer is webdataset's own, behind its own striping of shards over ranks and workers.
@@ -11,7 +13,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,19 @@ from swav.data.order import EpochOrder
 
 Ids = NDArray[np.int64]
 Batches = list[Ids]
+
+_BATCH = 4096
+_LAYOUTS = [  # lanes, window, chunk rows; the first is the default for so many samples
+    (512, 16, 64),
+    (512, 8, 64),
+    (512, 32, 64),
+    (512, 16, 256),
+    (512, 8, 256),
+    (512, 4, 256),
+    (64, 16, 64),
+    (64, 16, 256),
+    (2048, 16, 64),
+]
 
 
 @dataclass(frozen=True)
@@ -145,32 +160,37 @@ def mixing_row(name: str, dataset: Dataset, batches: Batches, ideal: float) -> s
     )
 
 
-def new_chunks(dataset: Dataset, order: EpochOrder, chunk_rows: int, world_size: int) -> NDArray[np.int64]:
-    """Chunks that each rank needs at each step and has not needed before, int64 [steps, ranks]."""
-    seen = np.zeros((world_size, dataset.num_chunks(chunk_rows)), dtype=np.bool_)
-    new = np.zeros((order.num_steps, world_size), dtype=np.int64)
-    for step in range(order.num_steps):
+def readers(order: EpochOrder, step: int, world_size: int) -> Ids:
+    """The rank that reads each sample of a global batch, int64 [batch]."""
+    ends = [order.rank_range(step, rank, world_size)[1] for rank in range(world_size)]
+    return np.searchsorted(ends, np.arange(order.batch_size(step)), side="right").astype(np.int64)
+
+
+def new_chunks(dataset: Dataset, order: EpochOrder, chunk_rows: int, worlds: Iterable[int]) -> NDArray[np.int64]:
+    """Chunks that a rank needs at a step and has not read since the world had another size.
+
+    Args:
+        dataset: what is read.
+        order: of the epoch.
+        chunk_rows: as the order has it.
+        worlds: the number of ranks at each step.
+
+    Returns:
+        int64 [steps, most ranks].
+    """
+    sizes = list(islice(worlds, order.num_steps))
+    num_chunks = dataset.num_chunks(chunk_rows)
+    read = np.zeros(max(sizes) * num_chunks, dtype=np.bool_)
+    new = np.zeros((order.num_steps, max(sizes)), dtype=np.int64)
+    for step, world_size in enumerate(sizes):
+        if step and world_size != sizes[step - 1]:
+            read[:] = False
         chunks = dataset.chunks(order.batch(step), chunk_rows)
-        for rank in range(world_size):
-            first, end = order.rank_range(step, rank, world_size)
-            mine = np.unique(chunks[first:end])
-            new[step, rank] = np.count_nonzero(~seen[rank, mine])
-            seen[rank, mine] = True
+        needed = np.unique(readers(order, step, world_size) * num_chunks + chunks)
+        fresh = needed[~read[needed]]
+        read[fresh] = True
+        new[step] = np.bincount(fresh // num_chunks, minlength=max(sizes))
     return new
-
-
-def refetches(dataset: Dataset, order: EpochOrder, chunk_rows: int, worlds: Iterable[int]) -> float:
-    """Fetches per chunk where a world of another size starts with empty caches, one world size per step."""
-    fetched: set[tuple[int, int]] = set()
-    total, before = 0, 0
-    for step, world_size in zip(range(order.num_steps), worlds, strict=False):
-        if world_size != before:
-            total, before, fetched = total + len(fetched), world_size, set()
-        chunks = dataset.chunks(order.batch(step), chunk_rows)
-        for rank in range(world_size):
-            first, end = order.rank_range(step, rank, world_size)
-            fetched.update((rank, chunk) for chunk in set(chunks[first:end].tolist()))
-    return (total + len(fetched)) / dataset.num_chunks(chunk_rows)
 
 
 def write_heading(*columns: str) -> None:
@@ -178,11 +198,12 @@ def write_heading(*columns: str) -> None:
     sys.stdout.write(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
 
 
-def print_mixing(dataset: Dataset, batch: int) -> None:
-    """The first table."""
+def print_mixing(dataset: Dataset, batch: int, layouts: list[tuple[int, int, int]]) -> None:
+    """A table of how well orders mix: a full shuffle, and ours by (lanes, window, chunk rows)."""
     write = sys.stdout.write
     reference = full_shuffle(dataset, batch)
     ideal = float(entropies(dataset, reference).mean())
+    write(f"\n{dataset.num_samples} samples of {dataset.num_classes} classes in {dataset.num_shards} shards:\n\n")
     write_heading(
         "order",
         "bits",
@@ -195,45 +216,40 @@ def print_mixing(dataset: Dataset, batch: int) -> None:
         "less than a batch %",
     )
     write(mixing_row("full shuffle", dataset, reference, ideal))
-    for lanes, window, chunk_rows in [
-        (512, 16, 64),
-        (512, 8, 64),
-        (512, 32, 64),
-        (512, 16, 256),
-        (512, 8, 256),
-        (512, 4, 256),
-        (64, 16, 64),
-        (64, 16, 256),
-        (2048, 16, 64),
-    ]:
-        if batch % lanes == 0:
-            order = dataset.order(batch, lanes=lanes, window=window, chunk_rows=chunk_rows)
-            name = f"ours, {lanes} lanes, window {window}, chunk {chunk_rows}"
-            write(mixing_row(name, dataset, batches_of(order), ideal))
+    for lanes, window, chunk_rows in layouts:
+        order = dataset.order(batch, lanes=lanes, window=window, chunk_rows=chunk_rows)
+        name = f"ours, {lanes} lanes, window {window}, chunk {chunk_rows}"
+        write(mixing_row(name, dataset, batches_of(order), ideal))
+
+
+def print_webdataset(dataset: Dataset, batch: int) -> None:
+    """More rows of that table: webdataset on 64 ranks."""
+    ideal = float(entropies(dataset, full_shuffle(dataset, batch)).mean())
     for workers, buffer in [(1, 1000), (8, 1000), (1, 5000), (8, 5000)]:
         batches = webdataset_shuffle(dataset, batch, ranks=64, workers=workers, buffer=buffer)
         name = f"webdataset, 64 ranks x {workers}, shuffle({buffer})"
-        write(mixing_row(name, dataset, batches, ideal))
+        sys.stdout.write(mixing_row(name, dataset, batches, ideal))
 
 
-def print_reading(dataset: Dataset, batch: int) -> None:
-    """The second and the third table: how evenly chunks are needed, and how often."""
+def print_reading(dataset: Dataset, batch: int, chunk_rows: int) -> None:
+    """A table of how evenly chunks are needed, and how often."""
     write = sys.stdout.write
-    chunk_rows = 64
     order = dataset.order(batch, lanes=512, window=16, chunk_rows=chunk_rows)
     last = 2 * 16 * chunk_rows * 512 // batch  # from there on, lanes may be in their last window
+    filled = 4 * 16  # steps until empty caches hold the first windows
     write(f"\n{dataset.num_samples} samples, {order.num_steps} steps, 512 lanes, window 16, chunk {chunk_rows}; ")
-    write(f"new chunks per step without the first 32 steps, which fill empty caches, and the last {last}:\n\n")
+    write(f"new chunks per step without the first {filled} steps and the last {last}:\n\n")
     write_heading("ranks", "mean of all", "max of all", "mean of a rank", "max of a rank", "fetches per chunk")
-    for world_size in (1, 8, 64, 100, 504):
-        new = new_chunks(dataset, order, chunk_rows, world_size)
-        middle, rates = new[32:-last], "- | - | - | -"
+    for world_size in (8, 64, 504):
+        new = new_chunks(dataset, order, chunk_rows, repeat(world_size))
+        middle, rates = new[filled:-last], "- | - | - | -"
         if order.num_steps > 4 * last:  # otherwise the start and the end are most of the epoch
             sums = middle.sum(axis=1)
             rates = f"{sums.mean():.1f} | {sums.max()} | {middle.mean():.2f} | {middle.max()}"
         write(f"| {world_size} | {rates} | {new.sum() / dataset.num_chunks(chunk_rows):.3f} |\n")
     drawn = np.repeat(np.random.default_rng(0).integers(1, 513, order.num_steps), 17).tolist()
-    write(f"| anew from 1..512 every 17 steps | - | - | - | - | {refetches(dataset, order, chunk_rows, drawn):.2f} |\n")
+    times = new_chunks(dataset, order, chunk_rows, drawn).sum() / dataset.num_chunks(chunk_rows)
+    write(f"| anew from 1..512 every 17 steps | - | - | - | - | {times:.2f} |\n")
 
 
 def main() -> None:
@@ -242,12 +258,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_281_167)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=4096)
     options = parser.parse_args()
     dataset = Dataset(options.samples, options.classes, options.shards)
-    print_mixing(dataset, options.batch)
-    for size in (1, 10):
-        print_reading(Dataset(size * options.samples, options.classes, size * options.shards), options.batch)
+    print_mixing(dataset, _BATCH, _LAYOUTS)
+    print_webdataset(dataset, _BATCH)
+    print_reading(dataset, _BATCH, 64)
+    large = Dataset(10 * options.samples, options.classes, 10 * options.shards)
+    print_mixing(large, _BATCH, [(512, 16, 64), (512, 16, 256), (512, 8, 256)])
+    for chunk_rows in (64, 256):
+        print_reading(large, _BATCH, chunk_rows)
 
 
 if __name__ == "__main__":

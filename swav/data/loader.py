@@ -1,8 +1,9 @@
 """Samples to batches of raw crops: one process per rank, N threads, every pixel a function of its sample.
 
-A thread reads a sample, decodes it once and cuts all its crops straight into the batch. Decoding and resizing run
-without the GIL. The threads stay off torch's intra-op pool (see :func:`swav.data.multicrop.cut_crops`), so neither
-they nor ``torch.set_num_threads`` in the main thread disturb one another.
+A thread reads a sample, decodes it once and cuts all its crops straight into the batch; the order is known, so the
+reader is told ahead what will be asked of it. Decoding and resizing run without the GIL. The threads stay off torch's
+intra-op pool (see :func:`swav.data.multicrop.cut_crops`), so neither they nor ``torch.set_num_threads`` in the main
+thread disturb one another.
 """
 
 import logging
@@ -23,6 +24,7 @@ from swav.config import CropConfig
 from swav.data.batch import RawBatch
 from swav.data.decode import BrokenImageError, decode_image
 from swav.data.multicrop import crop_boxes, crop_draws, cut_crops
+from swav.data.reader import ChecksumError
 
 _MAX_SAMPLES_PER_TASK = 16  # handing over a task costs as much as cutting one or two small crops
 
@@ -37,6 +39,12 @@ class SampleReader(Protocol):
 
     def name(self, sample_id: int, /) -> str:
         """The sample's name for messages."""
+
+    def prefetch(self, ids: NDArray[np.int64], /) -> bool:
+        """Begin to fetch samples; false when it has enough to do."""
+
+    def abandon(self) -> None:
+        """Give up what it is fetching."""
 
 
 class SampleOrder(Protocol):
@@ -55,7 +63,7 @@ class SampleOrder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A sample that could not be decoded, and is left out of an epoch."""
+    """A sample that could not be read or decoded, and is left out of an epoch."""
 
     epoch: int
     step: int
@@ -70,6 +78,43 @@ class _NoSubstituteError(Exception):
     def __init__(self, broken: list[Quarantined]) -> None:
         super().__init__()
         self.broken = broken
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A rank's samples of a step."""
+
+    step: int
+    ids: NDArray[np.int64]
+    offset: int  # in the global batch
+
+
+class _ReadAhead:
+    """The shares of coming steps, which the reader fetches ahead as far as it can."""
+
+    def __init__(self, reader: SampleReader, shares: Iterator[_Share], num_batches: int) -> None:
+        self._reader, self._shares, self._num_batches = reader, shares, num_batches
+        self._asked: deque[_Share] = deque()
+        self._refused = False  # of the last one, the reader has not taken all yet
+
+    def take(self) -> _Share | None:
+        """The next share; None at the end."""
+        self._ask()
+        if not self._asked:
+            return next(self._shares, None)
+        if len(self._asked) == 1:
+            self._refused = False
+        return self._asked.popleft()
+
+    def _ask(self) -> None:
+        if self._refused:
+            self._refused = not self._reader.prefetch(self._asked[-1].ids)
+        while not self._refused and len(self._asked) <= self._num_batches:
+            share = next(self._shares, None)
+            if share is None:
+                return
+            self._asked.append(share)
+            self._refused = not self._reader.prefetch(share.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +149,25 @@ class Loader:
     world_size: int = 1
     pin_memory: bool = False  # for copies to a GPU that nobody waits for
     prefetch_batches: int = 2  # how far to work ahead of the caller
+    read_ahead_batches: int = 16  # how far to fetch ahead of that, where the reader fetches from a store
     max_quarantined: int | None = None  # broken samples that this rank bears in an epoch; None: any number
     on_quarantine: Callable[[Quarantined], None] | None = None  # in the caller's thread, once per epoch and sample
 
     def __post_init__(self) -> None:
-        if self.num_threads < 1 or self.prefetch_batches < 0 or not 0 <= self.rank < self.world_size or not self.crops:
+        ahead = min(self.prefetch_batches, self.read_ahead_batches)
+        if self.num_threads < 1 or ahead < 0 or not 0 <= self.rank < self.world_size or not self.crops:
             raise ValueError(
-                f"a loader needs crops, num_threads >= 1, prefetch_batches >= 0 and 0 <= rank < world_size, got "
-                f"{len(self.crops)} crop groups, {self.num_threads}, {self.prefetch_batches}, "
-                f"rank {self.rank} of {self.world_size}"
+                "a loader needs crops, num_threads >= 1, prefetch_batches and read_ahead_batches >= 0 and "
+                f"0 <= rank < world_size, got {len(self.crops)} crop groups, {self.num_threads}, "
+                f"{self.prefetch_batches}, {self.read_ahead_batches}, rank {self.rank} of {self.world_size}"
             )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
         """Stream an epoch from a step on; the batches equal those of an uninterrupted epoch.
 
-        A broken sample is reported once, and its place goes to the first sound substitute, cut by the draws of the
-        sample that it replaces. Leaving early, by ``close()`` or an exception, ends the threads.
+        A sample that is broken, or whose bytes do not have their checksum, is reported once, and its place goes to the
+        first sound substitute, cut by the draws of the sample that it replaces. Leaving early, by ``close()`` or an
+        exception, ends the threads and gives up what the reader is fetching.
 
         Raises:
             ValueError: the epoch has fewer than ``start_step`` steps.
@@ -133,14 +181,14 @@ class Loader:
 
     def _batches(self, order: SampleOrder, epoch: int, start_step: int) -> Generator[RawBatch]:
         quarantined: dict[int, Quarantined] = {}
-        steps = iter(range(start_step, order.num_steps))
+        ahead = _ReadAhead(self.reader, self._shares(order, start_step), self.read_ahead_batches)
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="swav-loader")
         pending: deque[_Pending] = deque()
         try:
             while True:
-                for step in islice(steps, self.prefetch_batches + 1 - len(pending)):
-                    pending.append(self._start(pool, stop, order, epoch, step))
+                while len(pending) <= self.prefetch_batches and (share := ahead.take()) is not None:
+                    pending.append(self._start(pool, stop, order, epoch, share))
                 if not pending:
                     return
                 first = pending.popleft()
@@ -150,25 +198,30 @@ class Loader:
                 del first  # before the next ones are allocated
         finally:
             stop.set()
+            self.reader.abandon()
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _shares(self, order: SampleOrder, start_step: int) -> Iterator[_Share]:
+        for step in range(start_step, order.num_steps):
+            yield _Share(step, *order.rank_batch(step, self.rank, self.world_size))
+
     def _start(
-        self, pool: ThreadPoolExecutor, stop: threading.Event, order: SampleOrder, epoch: int, step: int
+        self, pool: ThreadPoolExecutor, stop: threading.Event, order: SampleOrder, epoch: int, share: _Share
     ) -> _Pending:
-        ids, offset = order.rank_batch(step, self.rank, self.world_size)
+        num = len(share.ids)
         batch = RawBatch(
-            crops=[self._allocate(group, len(ids)) for group in self.crops],
-            ids=ids,
-            substituted=np.zeros(len(ids), dtype=np.bool_),
+            crops=[self._allocate(group, num) for group in self.crops],
+            ids=share.ids,
+            substituted=np.zeros(num, dtype=np.bool_),
             epoch=epoch,
-            step=step,
-            global_offset=offset,
-            global_size=order.batch_size(step),
+            step=share.step,
+            global_offset=share.offset,
+            global_size=order.batch_size(share.step),
         )
-        draws = crop_draws(self.seed, epoch, ids, self.crops)
-        size = min(_MAX_SAMPLES_PER_TASK, -(-len(ids) // (4 * self.num_threads)))
-        places = [range(len(ids))[start : start + size] for start in range(0, len(ids), max(size, 1))]
-        return _Pending(batch, [pool.submit(self._fill, batch, draws, part, stop) for part in places])
+        draws = crop_draws(self.seed, epoch, share.ids, self.crops)
+        size = max(min(_MAX_SAMPLES_PER_TASK, -(-num // (4 * self.num_threads))), 1)
+        tasks = [pool.submit(self._fill, batch, draws, range(num)[at : at + size], stop) for at in range(0, num, size)]
+        return _Pending(batch, tasks)
 
     def _allocate(self, group: CropConfig, num: int) -> Tensor:
         shape = (group.num_crops, num, group.size_px, group.size_px, 3)
@@ -179,15 +232,15 @@ class Loader:
     ) -> list[Quarantined]:
         """Decode and cut the samples at some places of a batch (in a thread)."""
         broken: list[Quarantined] = []
-        for place in places:
+        part = slice(places.start, places.stop)
+        slots = zip(*(crop[part].split(1) for group in batch.crops for crop in group.unbind()), strict=True)
+        for place, own_slots in zip(places, slots, strict=True):
             if stop.is_set():
                 break
             before = len(broken)
             image = self._decode(batch, int(batch.ids[place]), broken)
             batch.substituted[place] = len(broken) > before
-            boxes = crop_boxes(draws[place], self.crops, *image.shape[:2])
-            slots = [crop[place : place + 1] for group in batch.crops for crop in group.unbind()]
-            cut_crops(image, boxes, slots)
+            cut_crops(image, crop_boxes(draws[place], *image.shape[:2]), own_slots)
         return broken
 
     def _decode(self, batch: RawBatch, wanted: int, broken: list[Quarantined]) -> NDArray[np.uint8]:
@@ -201,7 +254,7 @@ class Loader:
                 break
             try:
                 return decode_image(self.reader.image(sample_id))
-            except BrokenImageError as error:
+            except (BrokenImageError, ChecksumError) as error:
                 broken.append(Quarantined(batch.epoch, batch.step, sample_id, self._name(sample_id), str(error)))
             except Exception as error:
                 raise RuntimeError(f"sample {sample_id} ({self._name(sample_id)}) cannot be read: {error}") from error

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from swav.config import CropConfig
 from swav.data.batch import RawBatch
 from swav.data.loader import Loader, Quarantined
 from swav.data.order import EpochOrder, substitutes
+from swav.data.reader import ChecksumError
 
 CROPS = (CropConfig(num_crops=2, size_px=24, scale=(0.3, 1.0)), CropConfig(num_crops=3, size_px=16, scale=(0.1, 0.3)))
 PAPER = (
@@ -52,6 +54,12 @@ class Shards:
 
     def name(self, sample_id: int) -> str:
         return f"shard-{sample_id // 10}.tar:{sample_id % 10}"
+
+    def prefetch(self, ids: NDArray[np.int64]) -> bool:
+        return True
+
+    def abandon(self) -> None:
+        pass
 
     def substitutes(self, sample_id: int) -> Iterator[int]:
         return substitutes(np.concatenate([[0], np.cumsum(self.rows)]), sample_id)
@@ -355,6 +363,77 @@ def test_the_loader_works_ahead_no_further_than_asked(shards: Shards) -> None:
     batches.close()
 
 
+class Fetching(Shards):
+    """Notes what it is asked to fetch, and takes so many batches ahead of those that were read."""
+
+    def __init__(self, images: list[bytes], room: int) -> None:
+        super().__init__(images)
+        self.room = room
+        self.fetched: list[int] = []
+        self.unread: set[int] = set()
+        self.abandoned = 0
+
+    def prefetch(self, ids: NDArray[np.int64]) -> bool:
+        new = [sample for sample in ids.tolist() if sample not in self.fetched]
+        if len(self.unread) + len(new) > self.room:
+            return False
+        self.fetched += new
+        self.unread.update(new)
+        return True
+
+    def image(self, sample_id: int) -> bytes:
+        self.unread.discard(sample_id)
+        return super().image(sample_id)
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+
+
+def test_coming_batches_are_fetched_in_their_order(shards: Shards) -> None:
+    expected = list(loader_of(shards).epoch(4, 1))
+    fetching = Fetching(shards.images, room=1000)
+    batches = loader_of(fetching, prefetch_batches=0, read_ahead_batches=2).epoch(4, 1)
+    assert fetching.fetched == []
+    first = next(batches)
+    assert fetching.fetched == np.concatenate([batch.ids for batch in expected[:3]]).tolist()
+    for one, other in zip([first, *batches], expected, strict=True):
+        assert_equal(one, other)
+    assert fetching.fetched == np.concatenate([batch.ids for batch in expected]).tolist()
+    assert fetching.abandoned == 1
+
+
+@pytest.mark.parametrize("room", [0, 12, 30])
+def test_a_reader_that_has_enough_to_fetch_is_asked_again(shards: Shards, room: int) -> None:
+    fetching = Fetching(shards.images, room)
+    batches = loader_of(fetching, prefetch_batches=0, num_threads=1).epoch(0)
+    for one, other in zip(batches, loader_of(shards).epoch(0), strict=True):
+        assert_equal(one, other)
+        assert len(fetching.unread) <= room
+    assert len(fetching.fetched) == (50 if room else 0)
+
+
+def test_leaving_early_gives_up_what_is_fetched(shards: Shards) -> None:
+    fetching = Fetching(shards.images, room=1000)
+    leave_early(loader_of(fetching).epoch(0))
+    assert fetching.abandoned == 1
+
+
+class Rotten(Shards):
+    def image(self, sample_id: int) -> bytes:
+        if sample_id in (3, 44):
+            raise ChecksumError(f"checksum mismatch: the 9 bytes at byte 512 of shard s3://b/{sample_id}.tar")
+        return super().image(sample_id)
+
+
+def test_a_sample_with_a_wrong_checksum_is_replaced_as_a_broken_one(shards: Shards) -> None:
+    records: list[Quarantined] = []
+    batches = list(loader_of(Rotten(shards.images), on_quarantine=records.append, max_quarantined=2).epoch(0))
+    assert sum(int(batch.substituted.sum()) for batch in batches) == 2
+    assert {(record.sample_id, record.reason) for record in records} == {
+        (sample, f"checksum mismatch: the 9 bytes at byte 512 of shard s3://b/{sample}.tar") for sample in (3, 44)
+    }
+
+
 def test_a_batch_stays_as_it_is_while_others_come(shards: Shards) -> None:
     batches = list(loader_of(shards).epoch(0))
     pointers = {crops.data_ptr() for batch in batches for crops in batch.crops}
@@ -379,7 +458,14 @@ def test_torch_threads_are_left_alone(shards: Shards) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_threads": 0}, {"rank": 2, "world_size": 2}, {"prefetch_batches": -1}, {"crops": ()}]
+    "settings",
+    [
+        {"num_threads": 0},
+        {"rank": 2, "world_size": 2},
+        {"prefetch_batches": -1},
+        {"read_ahead_batches": -1},
+        {"crops": ()},
+    ],
 )
 def test_impossible_settings_are_refused(shards: Shards, settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a loader needs"):

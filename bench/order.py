@@ -40,7 +40,7 @@ _LAYOUTS = [  # lanes, window, chunk rows; the first is the default for so many 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Shards that are sorted by class, so that their edges need not be the classes'."""
+    """Samples sorted by class, in shards of equal size."""
 
     num_samples: int
     num_classes: int

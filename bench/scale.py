@@ -218,13 +218,13 @@ def print_requests() -> None:
 def print_working_set() -> None:
     """The disk that a node's windows take, and what the index takes, by arithmetic."""
     write = sys.stdout.write
-    write(
-        "\n512 lanes, window 16:\n\n| chunk | image | 1 node | 8 nodes | 16 nodes | 64 nodes |\n" + "|---" * 6 + "|\n"
-    )
+    write("\n512 lanes, window 16; a node's windows, and what its first batch waits for where the cache is empty:\n\n")
+    write("| chunk | image | 1 node | 8 nodes | 16 nodes | 64 nodes |\n" + "|---" * 6 + "|\n")
+    touched = 1 - (1 - 1 / _WINDOW) ** (_BATCH // _LANES)  # of a window's chunks, by the rows that a step takes of it
     for chunk_rows in (64, 256):
         for image_bytes in (75_000, 110_000):
-            total = _LANES * _WINDOW * chunk_rows * image_bytes
-            cells = " | ".join(f"{total / nodes / 1e9:.1f} GB" for nodes in (1, 8, 16, 64))
+            total = _LANES * _WINDOW * chunk_rows * image_bytes / 1e9
+            cells = " | ".join(f"{total / nodes:.1f} / {touched * total / nodes:.1f} GB" for nodes in (1, 8, 16, 64))
             write(f"| {chunk_rows} | {image_bytes // 1000} KB | {cells} |\n")
     row, shard = ROW_DTYPE.itemsize, pack([synthetic_shard(0, 0, 0)]).dtype.itemsize
     write(f"\nindex: {row} bytes per sample, {row} MB per million, {row * 1e9 / 1e9:.0f} GB for 1e9; ")

@@ -185,10 +185,11 @@ class EpochOrder:
             steps = min(steps, max(self.num_steps - 2, 0))
         self._lane_steps = steps
         self._left = lane_rows - steps * rows  # [L]
+        self._num_left = int(self._left.sum())
 
     def _tail_range(self, step: int) -> tuple[int, int]:
         """The positions of a step in the rest."""
-        total = int(self._left.sum())
+        total = self._num_left
         start = (step - self._lane_steps) * self._batch
         if self.num_samples % self._batch == 0 or step < self.num_steps - 2:
             return start, start + self._batch

@@ -50,6 +50,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
+        barrier()  # who fails next must not break others' joining
         yield
     finally:
         dist.destroy_process_group()

@@ -27,7 +27,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousClosedError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api as launcher
 
 from swav.program import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER_FOLDER, LAUNCHER_PID, SAID
@@ -118,7 +118,7 @@ class Agent(LocalElasticAgent):
             self._follow_verdict()
             self._judge([failure.exitcode for failure in result.failures.values()])
         elif time.monotonic() - self._asked_at > _VERDICT_EVERY_SECONDS:
-            self._follow_verdict()
+            self._follow_verdict(may_end_by_itself=True)
         return result
 
     def _judge(self, exit_statuses: list[int]) -> None:
@@ -152,12 +152,19 @@ class Agent(LocalElasticAgent):
         raise Ended(status, reason)
 
     def _tell(self, status: int, reason: str) -> None:
-        """Tell the other nodes' agents how the run ended."""
+        """Tell the other nodes' agents how the run ended, those too that wait for another round."""
         _ask(lambda store: store.set(_VERDICT, f"{status} {reason}"), self._worker_group)
         self._see_verdict()
+        try:
+            self._rdzv_handler.set_closed()
+        except RendezvousError as error:
+            _logger.info("the rendezvous cannot be closed: %s", error)
 
-    def _follow_verdict(self) -> None:
+    def _follow_verdict(self, *, may_end_by_itself: bool = False) -> None:
         """End as another node's agent has found that the run ends.
+
+        Args:
+            may_end_by_itself: this node's workers run, and need not be disturbed where the run is done.
 
         Raises:
             Ended: the run is over.
@@ -168,8 +175,10 @@ class Agent(LocalElasticAgent):
         verdict = _ask(lambda store: store.get(_VERDICT).decode(), self._worker_group)
         if verdict is None:
             return
-        self._see_verdict()
         status, _, reason = verdict.partition(" ")
+        if int(status) == 0 and may_end_by_itself:
+            return
+        self._see_verdict()
         if int(status) == 0:
             self._exit_barrier()  # type: ignore[no-untyped-call]  # the others wait there
         raise Ended(int(status), reason)
@@ -181,11 +190,6 @@ class Agent(LocalElasticAgent):
 
     def _wait_until_peers_know(self) -> None:
         """Wait, for a while, until all agents of the last round know: the store may end with this process."""
-        try:
-            self._rdzv_handler.set_closed()
-        except Exception as error:  # its store is gone, and with it those that it would have told
-            _logger.info("the rendezvous cannot be closed: %s", error)
-            return
         deadline = time.monotonic() + _VERDICT_LINGER_SECONDS
         world = self._worker_group.group_world_size or 1
         while world > 1 and time.monotonic() < deadline:

@@ -20,12 +20,7 @@ from swav.recipes import configure
 
 IMAGE = f"swav-pretrain:{swav.__version__}"
 
-# With torch's shared rendezvous store, a restart meets the keys of the round before and fails or hangs.
-_ELASTIC_ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 _RENDEZVOUS_PORT = 29500
-_RENDEZVOUS_SETTINGS = "join_timeout=1800,last_call_timeout=15"
-# Each loss of a peer costs every surviving node one restart; a long run on preemptible nodes sees many.
-_MAX_RESTARTS = 1000
 
 
 class ProgramRole(specs.Role):
@@ -50,7 +45,7 @@ def pretrain(
     image: str,
     resource: specs.Resource,
 ) -> specs.Role:
-    """The trainer: one plain process, or data parallel under torchrun, elastic where there are several nodes.
+    """The trainer: one plain process, or data parallel under :mod:`swav.elastic`, which starts again what crashes.
 
     Args:
         recipe: name of the run.
@@ -74,17 +69,15 @@ def pretrain(
     role = program("swav.pretrain", arguments, image=image, resource=resource)
     if max_nodes == num_processes == 1:
         return role
-    role.env = dict(_ELASTIC_ENV)
-    launch = f"-m torch.distributed.run --nnodes={nodes} --nproc-per-node={num_processes}"
+    launch = f"-m swav.elastic --nnodes={nodes} --nproc-per-node={num_processes}"
     if max_nodes == 1:
         role.args = [*launch.split(), "--standalone", *role.args]
         return role
     # The first node's name is known only where the job runs, so a shell reads it there; "$$" is TorchX for "$".
     endpoint = f"$${{{specs.macros.rank0_env}:-localhost}}:{_RENDEZVOUS_PORT}"
-    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={endpoint} --rdzv-conf={_RENDEZVOUS_SETTINGS}"
-    identity = f"--rdzv-id={specs.macros.app_id} --max-restarts={_MAX_RESTARTS}"
+    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={endpoint} --rdzv-id={specs.macros.app_id}"
     role.entrypoint = "bash"
-    role.args = ["-c", f"exec python {launch} {rendezvous} {identity} {shlex.join(role.args)}"]
+    role.args = ["-c", f"exec python {launch} {rendezvous} {shlex.join(role.args)}"]
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.port_map = {"c10d": _RENDEZVOUS_PORT}
     return role

@@ -50,11 +50,10 @@ def test_the_launchers_python_runs_local_processes() -> None:
 
 
 def test_several_processes_on_one_node_need_no_address() -> None:
-    ((command, environment),) = _replicas(jobs.pretrain(recipe="demo", j="1x2"))
-    assert command[:3] == ["python", "-m", "torch.distributed.run"]
+    ((command, _),) = _replicas(jobs.pretrain(recipe="demo", j="1x2"))
+    assert command[:3] == ["python", "-m", "swav.elastic"]
     assert {"--standalone", "--nnodes=1", "--nproc-per-node=2"} <= set(command)
     assert command[-4:] == ["-m", "swav.pretrain", "--recipe", "demo"]
-    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_several_nodes_are_elastic_and_meet_at_the_first() -> None:
@@ -62,13 +61,11 @@ def test_several_nodes_are_elastic_and_meet_at_the_first() -> None:
     assert (app.roles[0].min_replicas, app.roles[0].num_replicas) == (1, 2)
     replicas = _replicas(app)
     assert len(replicas) == 2
-    for command, environment in replicas:
+    for command, _ in replicas:
         assert command[:2] == ["bash", "-c"]
-        assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
         script = command[2]
-        assert script.startswith("exec python -m torch.distributed.run --nnodes=1:2 --nproc-per-node=4 ")
+        assert script.startswith("exec python -m swav.elastic --nnodes=1:2 --nproc-per-node=4 ")
         assert "--rdzv-endpoint=${TORCHX_RANK0_HOST:-localhost}:29500 " in script
-        assert "--max-restarts=1000 " in script
         assert "${app_id}" not in script
         assert script.endswith("-m swav.pretrain --recipe demo optim.epochs=20")
 

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from swav_testing.runs import (
     command_line,
     events,
     finish,
+    kill_tree,
     losses,
     recorded_run,
     run,
@@ -21,6 +23,7 @@ from swav_testing.runs import (
     tiny_config,
     write_scenes,
 )
+from swav_testing.s3 import moto_server
 
 from swav.checkpoint import checkpoint_steps, load
 from swav.config import from_json
@@ -157,6 +160,53 @@ def test_what_a_run_leaves(cache: Path, data: Path, reference: Path) -> None:
     saved = load(reference / "checkpoints", NUM_STEPS)  # with weights_only=True
     assert saved["step"] == NUM_STEPS
     assert saved["counts"].tolist() == [103, 0]
+
+
+def test_a_run_in_an_object_store_is_the_same(
+    tmp_path: Path, cache: Path, data: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moto_server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        output = f"{server.make_bucket('runs')}/first"
+        words = [*arguments(data, Path("unused")), "--output", output]
+        process = command_line("swav.pretrain", *words, cache=cache)
+        while "first/checkpoints/step-000000006.json" not in server.keys("runs"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        kill_tree(process.pid)
+        finish(process)
+        process = command_line("swav.pretrain", *words, cache=cache)
+        status, out, err = finish(process)
+        assert status == 0, err
+        assert f"backbone: {output}/backbone.pt" in out
+        folder = tmp_path / "copy"
+        for key in server.keys("runs"):
+            path = folder / key.removeprefix("first/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(server.get("runs", key))
+        other = [*arguments(data, Path("unused"), "seed=3"), "--output", output]
+        status, _, err = finish(command_line("swav.pretrain", *other, cache=cache))
+    assert status == 64
+    assert f"{output} holds a run whose seed differ" in err
+    assert_same_run(folder, reference)
+    starts = [event["step"] for event in events(folder) if event.get("event") == "start"]
+    assert starts in ([0, 6], [0, 9])
+    assert sum(event["requests"] for event in events(folder) if event.get("event") == "storage") > 0
+    assert checkpoint_steps(folder / "checkpoints") == [NUM_STEPS, 9]
+
+
+def test_an_object_store_that_refuses_is_noticed_before_anything_is_computed(
+    cache: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moto_server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        words = [*arguments(data, Path("unused")), "--output", "s3://no-such-bucket/run"]
+        status, _, err = finish(command_line("swav.pretrain", *words, cache=cache))
+    assert status == 64, err
+    assert "no-such-bucket" in err
+    assert "Traceback" not in err
 
 
 def test_baselines_stand_before_the_result(tmp_path: Path, cache: Path, data: Path) -> None:

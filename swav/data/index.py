@@ -9,10 +9,11 @@ import argparse
 import bisect
 import hashlib
 import logging
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ def open_index(url: str) -> DatasetIndex:
         _check_shards(beside)
         return beside if is_folder else _subset(beside, url)
     shards = storage.list_tars(url)
-    cache = storage.cache_folder() / "index" / hashlib.sha256(location.encode()).hexdigest()[:32]
+    cache = _cache_of(location)
     with storage.locked(cache.with_suffix(".lock")):
         cached = _read_cached(str(cache))
         if cached is not None and [cached.shard_url(number) for number in range(cached.num_shards)] == shards:
@@ -154,8 +155,6 @@ def open_index(url: str) -> DatasetIndex:
             if changed is None:
                 return cached
             logger.info("indexing %s again: %s", url, changed)
-        for leftover in cache.glob("**/.*.partial"):  # of a process that was killed; nobody else writes here now
-            leftover.unlink()
         return build_index(url, str(cache))
 
 
@@ -179,6 +178,10 @@ def build_index(
     index = _read(storage.absolute(out))
     assert index is not None
     return index
+
+
+def _cache_of(location: str) -> Path:
+    return storage.cache_folder() / "index" / hashlib.sha256(os.fsencode(location)).hexdigest()[:32]
 
 
 def _is_folder(location: str) -> bool:
@@ -235,10 +238,9 @@ def _change(index: DatasetIndex, *, exact_times: bool) -> str | None:
 
 def _subset(index: DatasetIndex, url: str) -> DatasetIndex:
     """The shards that a pattern or one tar's name asks for."""
-    pattern = storage.name_of(url)
+    asked = {storage.name_of(tar) for tar in storage.list_tars(url)}
     names = [storage.name_of(decode_name(name)) for name in index.table["name"].tolist()]
-    wanted = [number for number, name in enumerate(names) if name == pattern]
-    wanted = wanted or [number for number, name in enumerate(names) if fnmatchcase(name, pattern)]
+    wanted = [number for number, name in enumerate(names) if name in asked]
     table = index.table[wanted]
     total = int(table["rows"].sum(dtype=np.int64))
     if total == 0:
@@ -264,27 +266,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checksums", action="store_true", help="read all bytes and keep the CRC-32C of every member")
     parser.add_argument("--append", action="store_true", help="add new shards after those of the index that is there")
     options = parser.parse_args(arguments)
-    location = storage.absolute(options.url)
-    out = storage.absolute(options.out or (location if _is_folder(location) else location.rpartition("/")[0]))
     try:
-        if options.append and storage.stat(index_url(out)) is None:
-            raise ValueError(f"there is no {index_url(out)} to append to; index without --append")
-        append = options.append or read_index(out) is not None
-        how = Building(processes=options.processes, part=options.part, checksums=options.checksums, append=append)
-        if options.part is not None:
-            number, parts = options.part
-            done = build(options.url, out, how)
-            sys.stdout.write(
-                f"part {number} of {parts}: {done} tars are indexed; when all parts are, run the same command "
-                "without --part\n"
-            )
-            return
-        index = build_index(options.url, out, how)
+        said = _run(options)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(
+    sys.stdout.write(f"{said}\n")
+
+
+def _run(options: argparse.Namespace) -> str:
+    """Do what the command line says; returns what to say of it."""
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {options.processes}")
+    location = storage.absolute(options.url)
+    out = storage.absolute(options.out or (location if _is_folder(location) else location.rpartition("/")[0]))
+    if options.append and storage.stat(index_url(out)) is None:
+        raise ValueError(f"there is no {index_url(out)} to append to; index without --append")
+    append = options.append or read_index(out) is not None
+    how = Building(processes=options.processes, part=options.part, checksums=options.checksums, append=append)
+    if how.part is not None:
+        done = build(options.url, out, how)
+        return (
+            f"part {how.part[0]} of {how.part[1]}: {done} tars are indexed; when all parts are, run the same command "
+            "without --part"
+        )
+    with storage.locked(_cache_of(out).with_suffix(".lock")):
+        index = build_index(options.url, out, how)
+    return (
         f"{index_url(index.folder)}: {index.num_samples} samples in {index.num_shards} tars, "
-        f"chunks of {index.chunk_rows}, identity {index.identity[:16]}\n"
+        f"chunks of {index.chunk_rows}, identity {index.identity[:16]}"
     )
 
 

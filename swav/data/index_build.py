@@ -60,6 +60,8 @@ class _Job:
 def build(url: str, out: str, how: Building, *, written_from: dict[str, Any] | None = None) -> int:
     """Index the tars behind ``url``, in the folder ``out``.
 
+    Only parts may be built at once: of whole builds in one folder, the caller lets one go on at a time.
+
     Returns:
         How many shards were looked at: all, or those of the part.
 
@@ -68,6 +70,8 @@ def build(url: str, out: str, how: Building, *, written_from: dict[str, Any] | N
         RuntimeError: a tar is damaged, or the index that is appended to does not fit its shards any more.
     """
     folder = storage.absolute(out)
+    if how.part is None:
+        _remove_partials(folder)
     jobs, before = _jobs(url, folder, how, written_from is not None)
     if how.part is not None:
         number, parts = how.part
@@ -154,6 +158,15 @@ def _jobs(
         if name not in names:
             jobs.append(_Job(found, name, None, _has(records, name)))
     return jobs, None if before is None else (before[0].chunk_rows, before[0].written_from)
+
+
+def _remove_partials(folder: str) -> None:
+    """Remove what a process that was killed left of files that it was writing."""
+    if not storage.is_remote(folder):
+        path = storage.local_path(folder)
+        for pattern in ("index/.*.partial", ".index.json.*.partial", ".shards-*.npy.*.partial"):
+            for leftover in path.glob(pattern):
+                leftover.unlink(missing_ok=True)
 
 
 def _remove_unused(folder: str, table: NDArray[np.void]) -> None:

@@ -6,6 +6,7 @@ checksum of each shard's table of rows (``index/<shard>.npy``). What stands in a
 
 import json
 import logging
+import threading
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +23,10 @@ from swav.data.shard_table import Shard, identity_of, is_table, npy_bytes
 FORMAT = "swav.index/2"
 _ATTEMPTS = 3  # at what does not have its checksum
 _PIECE_BYTES = 1 << 20
-_NUM_LOCKS = 64
+_NUM_LOCKS = 64  # of the files in the cache, shared out by checksum
 _OPEN_TABLES = 256
+
+_locks = [threading.Lock() for _ in range(_NUM_LOCKS)]
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +200,9 @@ def _open_array(url: str, cached: Path, crc32c: int) -> NDArray[np.void]:
 
 
 def _fetch(url: str, path: Path, crc32c: int) -> None:
-    """Bring a file onto this host; one process does, and the others wait."""
-    with storage.locked(path.parent / f".lock-{crc32c % _NUM_LOCKS:02d}"):
+    """Bring a file onto this host; one thread of one process does, and the others wait."""
+    number = crc32c % _NUM_LOCKS
+    with _locks[number], storage.locked(path.parent / f".lock-{number:02d}"):
         if path.exists() and _crc32c_of_file(path) == crc32c:
             return
         for _ in range(_ATTEMPTS):

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def unpack(row: np.void) -> Shard:
     return Shard(**values | {name: decode_name(values[name]) for name in _TEXTS})
 
 
-def is_table(table: NDArray[np.void]) -> bool:
+def is_table(table: NDArray[Any]) -> bool:
     """Whether an array is a table of shards of this version."""
     names = tuple(field.name for field in fields(Shard))
     return table.ndim == 1 and table.dtype.names == names and all(table.dtype[n] == t for n, t in _NUMBERS.items())

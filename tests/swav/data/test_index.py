@@ -11,7 +11,6 @@ import pytest
 from swav_testing.shards import write_dataset, write_tar
 
 from swav.data.index import build_index, main, open_index
-from swav.data.index_build import chunk_rows_for
 
 
 @pytest.fixture(autouse=True)
@@ -155,22 +154,6 @@ def test_a_lost_table_is_named(tmp_path: Path) -> None:
     (data / "index" / "shard-000000.tar.npy").unlink()
     with pytest.raises(RuntimeError, match=r"table of the shard shard-000000\.tar cannot be read"):
         index.rows(0)
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "expected"),
-    [(1, 1), (16_383, 1), (16_384, 2), (50_000, 4), (524_287, 32), (524_288, 64), (1_281_167, 64), (10**9, 64)],
-)
-def test_small_datasets_are_shuffled_in_small_chunks(num_samples: int, expected: int) -> None:
-    assert chunk_rows_for(num_samples, 130_000 * num_samples) == expected
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "image_bytes", "expected"),
-    [(2**21, 124_999, 256), (2**21, 125_000, 64), (2**21 - 1, 100, 64), (10**9, 75_000, 256)],
-)
-def test_many_small_images_are_read_in_large_chunks(num_samples: int, image_bytes: int, expected: int) -> None:
-    assert chunk_rows_for(num_samples, image_bytes * num_samples) == expected
 
 
 def test_the_command_line_writes_beside_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,11 @@ class Answer:
         self.body.close()
 
 
+def byte_range(start: int, end: int | None) -> str:
+    """The header of a request; a whole object is asked for as a range too, as the answer then says its size twice."""
+    return f"bytes={start}-{'' if end is None else end - 1}"
+
+
 def span(content_range: str | None, num_bytes: int) -> tuple[int, int]:
     """Where a body starts, and the size of the whole object.
 

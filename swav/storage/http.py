@@ -7,24 +7,22 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from swav.storage.answer import Answer, BeyondEndError, Fault, WireBody, span
+from swav.storage.answer import Answer, BeyondEndError, Fault, WireBody, byte_range, span
+from swav.storage.attempts import Patience
 from swav.storage.counters import count
-from swav.storage.remote import Patience
 from swav.storage.types import ChangedError, FileStat, changed
 from swav.storage.urls import check_remote, quieten, redacted
 
 _POOL_CONNECTIONS = 64
 _REDIRECTS = 5
 _AGAIN_STATUSES = frozenset({408, 425, 429})  # and all from 500 but 501 and 505
-_pools: dict[tuple[int, str], Any] = {}
+_pools: dict[tuple[int, str, str], Any] = {}
 _lock = threading.Lock()
 
 
 def get(url: str, start: int, end: int | None, expected: FileStat, patience: Patience) -> Answer:
     """One GET; see :class:`swav.storage.remote.Store`."""
-    headers = {}
-    if start or end is not None:
-        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    headers = {"Range": byte_range(start, end)}
     if expected.etag and not expected.etag.startswith("W/"):  # a weak one never matches
         headers["If-Match"] = f'"{expected.etag}"'
     elif expected.mtime_ns:
@@ -154,23 +152,23 @@ def _stat(num_bytes: int, raw: Any) -> FileStat:
 
 
 def _pool(url: str) -> Any:
-    """The connections of this process: they do not survive a fork."""
+    """The connections of this process to a server: they do not survive a fork."""
     parts = urlsplit(url)
-    proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
-    key = (os.getpid(), proxy)
+    key = (os.getpid(), parts.scheme, parts.netloc)
     pool = _pools.get(key)
     if pool is None:
         with _lock:
             pool = _pools.get(key)
             if pool is None:
-                pool = _pools[key] = _make_pool(proxy)
+                pool = _pools[key] = _make_pool(parts.scheme, parts.hostname or "")
     return pool
 
 
-def _make_pool(proxy: str) -> Any:
+def _make_pool(scheme: str, host: str) -> Any:
     import urllib3
 
     quieten("urllib3")
+    proxy = None if proxy_bypass(host) else getproxies().get(scheme)
     if proxy:
-        return urllib3.ProxyManager(proxy, num_pools=16, maxsize=_POOL_CONNECTIONS)
-    return urllib3.PoolManager(num_pools=16, maxsize=_POOL_CONNECTIONS)
+        return urllib3.ProxyManager(proxy, maxsize=_POOL_CONNECTIONS)
+    return urllib3.PoolManager(maxsize=_POOL_CONNECTIONS)

@@ -8,15 +8,16 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from swav.storage import remote
-from swav.storage.answer import Answer, Fault, WireBody, span
+from swav.storage.answer import Answer, Fault, WireBody, byte_range, span
+from swav.storage.attempts import Patience, attempt
 from swav.storage.counters import count
 from swav.storage.local import cache_folder
-from swav.storage.remote import Patience
 from swav.storage.s3_errors import translated
 from swav.storage.types import FileStat
 from swav.storage.urls import literal_head, pattern_of, quieten, split_s3
 
 _POOL_CONNECTIONS = 64
+_PAGE_KEYS = 1000  # of a listing
 _PART_BYTES = 8 << 20  # of a multipart upload
 _WRITE_SECONDS = 60.0  # for the answer to a write: a store may take its time to join the parts
 _WRITE_ATTEMPTS = 10
@@ -38,11 +39,9 @@ _lock = threading.Lock()
 def get(url: str, start: int, end: int | None, expected: FileStat, patience: Patience) -> Answer:
     """One GET; see :class:`swav.storage.remote.Store`."""
     bucket, key = _object(url)
-    extra = {"IfMatch": f'"{expected.etag}"'} if expected.etag else {}
-    if start or end is not None:
-        extra["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    condition = {"IfMatch": f'"{expected.etag}"'} if expected.etag else {}
     with translated(url):
-        found = _reader(patience).get_object(Bucket=bucket, Key=key, **extra)
+        found = _reader(patience).get_object(Bucket=bucket, Key=key, Range=byte_range(start, end), **condition)
     num_bytes = found.get("ContentLength", -1)
     body = WireBody(found["Body"]._raw_stream, num_bytes, idle_seconds=patience.idle_seconds)
     try:
@@ -68,11 +67,16 @@ def list_names(folder: str, pattern: str) -> list[str]:
     """The names directly under a prefix, sorted; page by page, each of them tried until it is good."""
     bucket, prefix = split_s3(folder)
     prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
-    arguments = {"Bucket": bucket, "Prefix": prefix + literal_head(pattern), "Delimiter": "/"}
+    arguments: dict[str, Any] = {
+        "Bucket": bucket,
+        "Prefix": prefix + literal_head(pattern),
+        "Delimiter": "/",
+        "MaxKeys": _PAGE_KEYS,
+    }
     fits = pattern_of(pattern)
     names: list[str] = []
     while True:
-        page = remote.attempt(f"{folder}: listing", lambda: _page(folder, arguments))
+        page = attempt(f"{folder}: listing", lambda: _page(folder, arguments), remote.PATIENCE)
         found = (entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
         names.extend(name for name in found if name and fits.match(name))
         if not page.get("IsTruncated"):
@@ -80,7 +84,7 @@ def list_names(folder: str, pattern: str) -> list[str]:
         arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _page(folder: str, arguments: dict[str, str]) -> dict[str, Any]:
+def _page(folder: str, arguments: dict[str, Any]) -> dict[str, Any]:
     with translated(folder):
         page: dict[str, Any] = _reader(remote.PATIENCE).list_objects_v2(**arguments)
     if page.get("IsTruncated") and not page.get("NextContinuationToken"):
@@ -149,19 +153,19 @@ def _writer() -> Any:
     return _client(_WRITE_ATTEMPTS, remote.PATIENCE.connect_seconds, _WRITE_SECONDS)
 
 
-def _client(attempts: int, connect_seconds: float, answer_seconds: float) -> Any:
+def _client(tries: int, connect_seconds: float, answer_seconds: float) -> Any:
     settings = tuple(os.environ.get(name) for name in _SETTINGS)
-    key = (os.getpid(), attempts, connect_seconds, answer_seconds, settings)  # connections do not survive a fork
+    key = (os.getpid(), tries, connect_seconds, answer_seconds, settings)  # connections do not survive a fork
     client = _clients.get(key)
     if client is None:
         with _lock:
             client = _clients.get(key)
             if client is None:
-                client = _clients[key] = _make_client(attempts, connect_seconds, answer_seconds)
+                client = _clients[key] = _make_client(tries, connect_seconds, answer_seconds)
     return client
 
 
-def _make_client(attempts: int, connect_seconds: float, answer_seconds: float) -> Any:
+def _make_client(tries: int, connect_seconds: float, answer_seconds: float) -> Any:
     try:
         import boto3
         from botocore import UNSIGNED
@@ -176,7 +180,7 @@ def _make_client(attempts: int, connect_seconds: float, answer_seconds: float) -
         connect_timeout=connect_seconds,
         read_timeout=answer_seconds,
         max_pool_connections=_POOL_CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": attempts},
+        retries={"mode": "standard", "total_max_attempts": tries},
         request_checksum_calculation="when_required",  # stores other than Amazon's refuse its trailing checksums
         response_checksum_validation="when_required",  # the reader has checksums of its own
     )

@@ -51,11 +51,14 @@ def translated(url: str) -> Iterator[None]:
         ValueError: the user's: no such bucket, a bad name, the wrong region.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
     except ClientError as error:
         raise _of_answer(url, error) from None
+    except ResponseParserError:
+        raise Fault("the answer's XML is cut or unreadable") from None
     except BotoCoreError as error:
         raise _of_client(url, error) or _of_network(url, error) from None
 
@@ -83,10 +86,10 @@ def _of_network(url: str, error: Exception) -> Exception:
 
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
         return Fault("the store did not answer in time", TimeoutError)
+    if isinstance(error, boto.SSLError):
+        return Fault("the encrypted connection broke", ConnectionError)
     if isinstance(error, boto.EndpointConnectionError | boto.ProxyConnectionError):
         return Fault(redacted(error), ConnectionError)
-    if isinstance(error, boto.ResponseParserError):
-        return Fault("the answer's XML is cut or unreadable")
     if isinstance(error, boto.HTTPClientError | boto.IncompleteReadError | boto.ResponseStreamingError):
         return Fault(f"the connection broke ({type(error).__name__})", ConnectionError)
     return OSError(f"{url}: {redacted(error)}")

@@ -27,11 +27,11 @@ def redacted(text: object) -> str:
 
 
 def quieten(*names: str) -> None:
-    """Keep the DEBUG lines of libraries, which hold signed headers, out of logs whose level nobody set for them."""
+    """Keep what libraries say below WARNING, which holds signatures, out of logs; a level that somebody set stays."""
     for name in names:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+            logger.setLevel(logging.WARNING)
 
 
 def check_remote(url: str) -> str:

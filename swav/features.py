@@ -5,20 +5,23 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
 
-from swav.config import COLOUR_MEAN, COLOUR_STD, EvaluateConfig
-from swav.data.decode import decode_image
+from swav.config import COLOUR_MEAN, COLOUR_STD, EvaluateConfig, RuntimeConfig
+from swav.data.decode import BrokenImageError, decode_image
 from swav.data.index import DatasetIndex
-from swav.data.reader import ShardReader
+from swav.data.reader import ChecksumError, ShardReader
 from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, share, world_size
 from swav.ops.knn import knn_predict
 from swav.watchdog import progress
 
 _BATCH = 256
+_READ_AHEAD = 16 * _BATCH
+_DEFAULT_RUNTIME = RuntimeConfig()
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +67,13 @@ def centre_crop(data: bytes, *, resize_px: int, crop_px: int) -> Tensor:
 
 @torch.no_grad()
 def extract_features(
-    network: nn.Module, index: DatasetIndex, config: EvaluateConfig, *, device: torch.device, num_threads: int
+    network: nn.Module,
+    index: DatasetIndex,
+    config: EvaluateConfig,
+    *,
+    device: torch.device,
+    num_threads: int,
+    runtime: RuntimeConfig = _DEFAULT_RUNTIME,
 ) -> Features:
     """Run every image of a labelled data set through a network once, whatever the number of ranks.
 
@@ -74,6 +83,7 @@ def extract_features(
         config: sizes of the resize and of the centre crop.
         device: where the network is.
         num_threads: decoding threads of this rank.
+        runtime: how shards in an object store are read.
 
     Raises:
         ValueError: an image has no label.
@@ -83,36 +93,35 @@ def extract_features(
     was_training = network.training
     network.eval()
     values, labels, num_broken = [], [], 0
-    for images, batch_labels, broken in _batches(index, first, last, config, num_threads):
-        progress()
-        num_broken += broken
-        if len(images):
-            normalized = (images.to(device).float() / 255 - mean) / std
-            values.append(F.normalize(network(normalized).float(), dim=1))
-            labels.append(batch_labels.to(device))
+    with ShardReader(index, fetch_bytes=runtime.fetch_bytes, cache_bytes=runtime.cache_bytes) as reader:
+        for images, batch_labels, broken in _batches(reader, first, last, config, num_threads):
+            progress()
+            num_broken += broken
+            if len(images):
+                normalized = (images.to(device).float() / 255 - mean) / std
+                values.append(F.normalize(network(normalized).float(), dim=1))
+                labels.append(batch_labels.to(device))
     network.train(was_training)
     return _with_place(values, labels, num_broken, device)
 
 
 def _batches(
-    index: DatasetIndex, first: int, last: int, config: EvaluateConfig, num_threads: int
+    reader: ShardReader, first: int, last: int, config: EvaluateConfig, num_threads: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Blocks of decoded images with labels; the next block is decoded while the last one is used."""
-    with ShardReader(index) as reader, ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
 
         def load(sample_id: int) -> tuple[Tensor, int] | None:
-            label = reader.label(sample_id)
-            if label is None:
-                raise ValueError(f"{reader.name(sample_id)} has no label (.cls); k-NN needs labelled images")
-            if label < 0:
-                raise ValueError(f"{reader.name(sample_id)} has the label {label}; number the classes from 0")
             try:
-                return centre_crop(reader.image(sample_id), resize_px=config.resize_px, crop_px=config.crop_px), label
-            except ValueError as error:
+                label = _label(reader, sample_id)
+                image = centre_crop(reader.image(sample_id), resize_px=config.resize_px, crop_px=config.crop_px)
+            except (BrokenImageError, ChecksumError) as error:
                 _logger.warning("%s is left out of the evaluation: %s", reader.name(sample_id), error)
                 return None
+            return image, label
 
         def submit(start: int) -> list[Future[tuple[Tensor, int] | None]]:
+            reader.prefetch(np.arange(start, min(start + _READ_AHEAD, last)))
             return [pool.submit(load, sample_id) for sample_id in range(start, min(start + _BATCH, last))]
 
         pending = submit(first)
@@ -122,6 +131,15 @@ def _batches(
             good = [pair for pair in loaded if pair is not None]
             images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
             yield images, torch.tensor([label for _, label in good]), len(loaded) - len(good)
+
+
+def _label(reader: ShardReader, sample_id: int) -> int:
+    label = reader.label(sample_id)
+    if label is None:
+        raise ValueError(f"{reader.name(sample_id)} has no label (.cls); k-NN needs labelled images")
+    if label < 0:
+        raise ValueError(f"{reader.name(sample_id)} has the label {label}; number the classes from 0")
+    return label
 
 
 def _with_place(values: list[Tensor], labels: list[Tensor], num_broken: int, device: torch.device) -> Features:
@@ -178,7 +196,12 @@ def knn_accuracies(train: Features, test: Features | None, config: EvaluateConfi
 
 
 def evaluate_backbone(
-    network: nn.Module, evaluation: Evaluation, *, device: torch.device, num_threads: int
+    network: nn.Module,
+    evaluation: Evaluation,
+    *,
+    device: torch.device,
+    num_threads: int,
+    runtime: RuntimeConfig = _DEFAULT_RUNTIME,
 ) -> dict[str, float]:
     """Accuracy of k-NN on a network's features, by name: ``{"knn_20": 0.59, ...}``.
 
@@ -187,10 +210,13 @@ def evaluate_backbone(
         evaluation: which images, and the protocol.
         device: where the network is.
         num_threads: decoding threads of this rank.
+        runtime: how shards in an object store are read.
     """
 
     def features_of(index: DatasetIndex) -> Features:
-        return extract_features(network, index, evaluation.config, device=device, num_threads=num_threads)
+        return extract_features(
+            network, index, evaluation.config, device=device, num_threads=num_threads, runtime=runtime
+        )
 
     train = features_of(evaluation.train)
     test = features_of(evaluation.test) if evaluation.test is not None else None

@@ -149,7 +149,7 @@ def evaluate(
     """k-NN accuracies of a network, as equal on every rank as the network is."""
     copy_from_first_rank(network.buffers())  # batch norm may have had statistics of some ranks only
     num_threads = config.runtime.loader_threads or cores_of_rank()
-    return evaluate_backbone(network, evaluation, device=device, num_threads=num_threads)
+    return evaluate_backbone(network, evaluation, device=device, num_threads=num_threads, runtime=config.runtime)
 
 
 def train_step(state: TrainState, batch: CropBatch, *, lr: float, precision: str) -> MethodOutput:
@@ -221,7 +221,8 @@ def open_loader(
         name = f"epoch-{broken.epoch:04d}/{broken.sample_id:012d}.json"
         write_atomic(join(output, "quarantine", name), (json.dumps(asdict(broken), indent=2) + "\n").encode())
 
-    with ShardReader(index) as reader:
+    runtime = config.runtime
+    with ShardReader(index, fetch_bytes=runtime.fetch_bytes, cache_bytes=runtime.cache_bytes) as reader:
         yield Loader(
             reader,
             lambda epoch: epoch_order(config, index, epoch),

@@ -193,7 +193,7 @@ class ShardReader:
             ValueError: an id is outside the index.
             OSError: the cache cannot be opened.
         """
-        if not self._any_remote:
+        if not self._any_remote or not ids.size:
             return True
         shards, rows = self.index.locate(ids)
         numbers = np.unique(shards)

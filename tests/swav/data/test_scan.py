@@ -1,7 +1,8 @@
 from pathlib import Path
 
+import google_crc32c
 import pytest
-from swav_testing.shards import write_tar
+from swav_testing.shards import CountingFile, make_jpeg, write_tar
 
 from swav.data.scan import ROW_DTYPE, scan
 from swav.storage import open_file
@@ -53,3 +54,41 @@ def test_samples_that_cannot_be_meant_are_refused(tmp_path: Path, names: list[st
     path = write_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
     with pytest.raises(ValueError, match=rf"x\.tar: the {message}"):
         scan(open_file(path))
+
+
+def test_checksums_are_those_of_the_members(tmp_path: Path) -> None:
+    members = [("a.jpg", b"a" * 3_000_000), ("a.cls", b"1"), ("a.txt", b"x"), ("b.png", b""), ("b.json", b"{}")]
+    path = write_tar(tmp_path / "x.tar", members)
+    rows, _ = scan(open_file(path), checksums=True)
+    plain, _ = scan(open_file(path))
+    data = dict(members)
+    crc32c = [[google_crc32c.value(data.get(f"{key}.{kind}", b"")) for kind in ("cls", "json")] for key in "ab"]
+    assert rows["image_crc32c"].tolist() == [google_crc32c.value(data["a.jpg"]), 0]
+    assert [[int(row["cls_crc32c"]), int(row["json_crc32c"])] for row in rows] == crc32c
+    for kind in ("image", "cls", "json"):
+        assert plain[f"{kind}_crc32c"].tolist() == [0, 0]
+        assert plain[f"{kind}_offset"].tolist() == rows[f"{kind}_offset"].tolist()
+
+
+def test_large_images_are_not_read_for_their_headers(tmp_path: Path) -> None:
+    images = [make_jpeg(i, width=400, height=300) for i in range(20)]
+    assert min(map(len, images)) > 100_000
+    members = [
+        (f"{i:03d}.{kind}", data)
+        for i, image in enumerate(images)
+        for kind, data in (("cls", b"%d" % i), ("jpg", image), ("json", b"{}" * 500))
+    ]
+    file = CountingFile(write_tar(tmp_path / "x.tar", members))
+    rows, _ = scan(file)
+    assert len(rows) == 20
+    assert len(file.ranges) <= 23
+    windows = sum(end - start for start, end in file.ranges)
+    assert windows <= 23 * 4096 + 10_752  # the last holds the end-of-archive marker and its padding
+
+
+def test_small_images_are_read_many_at_once(tmp_path: Path) -> None:
+    members = [(f"{i:04d}.{kind}", b"x" * size) for i in range(1000) for kind, size in (("cls", 1), ("jpg", 3000))]
+    file = CountingFile(write_tar(tmp_path / "x.tar", members))
+    rows, _ = scan(file)
+    assert len(rows) == 1000
+    assert len(file.ranges) < 30

@@ -2,22 +2,41 @@ import json
 import multiprocessing
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from swav_testing.s3 import S3Server, moto_server
 from swav_testing.shards import make_jpeg, write_dataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from swav import storage
 from swav.data.image_source import FileSource
 from swav.data.index import DatasetIndex, open_index
 from swav.data.reader import ShardReader
+from swav.data.scan import scan
 from swav.data.write_shards import main, write_shards
+from swav.storage import open_file
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWAV_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with moto_server() as server:
+        server.make_bucket("bucket")
+        yield server
+
+
+@pytest.fixture
+def store(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    return server
 
 
 @pytest.fixture
@@ -59,6 +78,18 @@ def test_other_readers_see_plain_shards(images: Path, tmp_path: Path) -> None:
     assert keys[:2] == ["000000000-class-0_photo_0", "000000001-class-0_photo_3"]
     with tarfile.open(index.shard_url(0)) as archive:
         assert {(member.mtime, tuple(member.pax_headers)) for member in archive} == {(0, ())}
+
+
+def test_the_index_has_the_checksum_of_each_member(images: Path, tmp_path: Path) -> None:
+    index = write_shards(str(images), str(tmp_path / "out"), samples_per_shard=4)
+    (images / "class-1" / "photo.json").write_text("no member")
+    again = write_shards(str(tmp_path / "out"), str(tmp_path / "again"))
+    for written in (index, again):
+        for number in range(written.num_shards):
+            rows, _ = scan(open_file(written.shard_url(number)), checksums=True)
+            assert written.rows(number).tolist() == rows.tolist()
+            assert written.shard(number).has_checksums
+            assert 0 not in rows["image_crc32c"]
 
 
 def test_bytes_per_shard_ends_a_shard(images: Path, tmp_path: Path) -> None:
@@ -137,6 +168,7 @@ def test_an_interrupted_call_is_no_dataset_and_starts_again(
     with pytest.raises(KeyboardInterrupt):
         write_shards(str(images), str(out), samples_per_shard=2)
     (out / ".shard-000003.tar.0a0b0c0d.partial").touch()  # as a killed process leaves it
+    (out / "index" / ".shard-000003.tar.json.0a0b0c0d.partial").touch()
     with pytest.raises(RuntimeError, match="are not all written; run write_shards again"):
         open_index(str(out))
     monkeypatch.undo()
@@ -145,6 +177,95 @@ def test_an_interrupted_call_is_no_dataset_and_starts_again(
     assert index.rows_per_shard.tolist() == [5, 5]
     assert sorted(path.name for path in out.glob("*shard-*")) == ["shard-000000.tar", "shard-000001.tar"]
     assert list(out.glob(".*")) == []
+
+
+def _interrupt(images: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a call at the eighth image, in the fourth shard."""
+    load = FileSource.load
+
+    def interrupted(self: FileSource, number: int) -> Any:
+        if number == 7:
+            raise KeyboardInterrupt
+        return load(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSource, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(str(images), out, samples_per_shard=2)
+
+
+def test_an_interrupted_call_goes_on_after_the_last_whole_shard(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_shards(str(images), str(tmp_path / "undisturbed"), samples_per_shard=2)
+    out, load, loaded = tmp_path / "out", FileSource.load, list[int]()
+
+    _interrupt(images, str(out), monkeypatch)
+    (out / "index" / "shard-000002.tar.json").unlink()  # as if killed before it
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    assert len(before) == 3
+
+    def counted(self: FileSource, number: int) -> Any:
+        loaded.append(number)
+        return load(self, number)
+
+    monkeypatch.setattr(FileSource, "load", counted)
+    index = write_shards(str(images), str(out), samples_per_shard=2)
+    assert sorted(loaded) == [4, 5, 6, 7, 8, 9]
+    assert {name: Path(out, name).stat().st_mtime_ns == time for name, time in before.items()} == {
+        "shard-000000.tar": True, "shard-000001.tar": True, "shard-000002.tar": False,
+    }  # fmt: skip
+    assert _contents(index) == _contents(expected)
+    assert index.identity == expected.identity
+    for number in range(5):
+        assert Path(index.shard_url(number)).read_bytes() == Path(expected.shard_url(number)).read_bytes()
+
+
+def test_a_store_is_written_and_read_like_a_folder(
+    images: Path, tmp_path: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = write_shards(str(images), str(tmp_path / "local"), samples_per_shard=4)
+    index = write_shards(str(images), "s3://bucket/set", samples_per_shard=4)
+    names = ["classes.txt", "index.json", *(f"shard-{n:06d}.tar" for n in range(3))]
+    assert storage.list_names("s3://bucket/set")[:-1] == names
+    assert (index.identity, _contents(index)) == (local.identity, _contents(local))
+    monkeypatch.setattr(FileSource, "load", lambda *_: pytest.fail("written twice"))
+    assert write_shards(str(images), "s3://bucket/set", samples_per_shard=4).identity == index.identity
+    for name in ("index.json", "shard-000002.tar"):
+        store.delete("bucket", f"set/{name}")
+    with pytest.raises(ValueError, match=r"s3://bucket/set is not empty \(it holds classes\.txt\)"):
+        write_shards(str(images), "s3://bucket/set", samples_per_shard=4)
+    again = write_shards("s3://bucket/set/shard-00000[01].tar", str(tmp_path / "again"))
+    assert _contents(again) == _contents(local)[:8]
+    assert (tmp_path / "again" / "classes.txt").read_text() == "class-0\nclass-1\nclass-2\n"
+
+
+def test_a_call_into_a_store_goes_on_too(
+    images: Path, tmp_path: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(images, "s3://bucket/goes-on", monkeypatch)
+    with pytest.raises(RuntimeError, match="are not all written; run write_shards again"):
+        open_index("s3://bucket/goes-on")
+    before = storage.stat("s3://bucket/goes-on/shard-000000.tar")
+    index = write_shards(str(images), "s3://bucket/goes-on", samples_per_shard=2)
+    assert storage.stat("s3://bucket/goes-on/shard-000000.tar") == before
+    assert _contents(index) == _contents(write_shards(str(images), str(tmp_path / "local")))
+    assert storage.stat("s3://bucket/goes-on/write_shards.json") is None
+
+
+def test_a_list_may_name_files_of_a_store(tmp_path: Path, store: S3Server) -> None:
+    for number in range(40):
+        store.put("bucket", f"raw/{number:03d}.jpg", make_jpeg(number))
+    (tmp_path / "here.jpg").write_bytes(b"here")
+    lines = [f"s3://bucket/raw/{number:03d}.jpg,{number % 3}" for number in range(40)] + ["here.jpg,2"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    index = write_shards(str(tmp_path / "list.csv"), str(tmp_path / "out"))
+    assert _contents(index) == [(make_jpeg(number), number % 3) for number in range(40)] + [(b"here", 2)]
+    store.put("bucket", "raw/list.jsonl", b'{"path": "001.jpg"}\n{"path": "gone.jpg"}\n')
+    with pytest.raises(RuntimeError, match=r"s3://bucket/raw/gone\.jpg cannot be read \(.*no such object"):
+        write_shards("s3://bucket/raw/list.jsonl", str(tmp_path / "out-2"))
+    with pytest.raises(ValueError, match=r"none\.jsonl: there is no such list"):
+        write_shards("s3://bucket/raw/none.jsonl", str(tmp_path / "out-2"))
 
 
 def test_options_below_one_are_refused(images: Path, tmp_path: Path) -> None:

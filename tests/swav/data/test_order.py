@@ -87,6 +87,16 @@ def test_the_order_is_the_same_for_every_world() -> None:
         assert hashlib.sha256(np.concatenate(steps).tobytes()).hexdigest() == expected
 
 
+def test_worlds_drawn_anew_from_1_to_512_give_every_sample_once_in_one_order() -> None:
+    rows = [3001, 10, 4005, 5300]
+    order = _order(rows, batch=1024, lanes=512)
+    worlds = [512, *np.random.default_rng(1).integers(1, 513, order.num_steps - 2).tolist(), 511]
+    steps = [_gathered(order, step, world_size) for step, world_size in enumerate(worlds)]
+    found = np.concatenate(steps)
+    assert hashlib.sha256(found.tobytes()).digest() == hashlib.sha256(_epoch(order).tobytes()).digest()
+    assert sorted(found.tolist()) == list(range(sum(rows)))
+
+
 def test_a_rank_says_which_part_of_the_batch_is_its_own() -> None:
     order = _order([301, 1, 650, 77, 900, 5], batch=128, lanes=64, chunk_rows=8)
     for step in range(order.num_steps):

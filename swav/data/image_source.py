@@ -1,19 +1,17 @@
 """Finds the images that a user names: a folder, a list of files, or shards."""
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from swav import storage
+from swav.data.image_list import read_list
 from swav.data.index import open_index
 from swav.data.reader import ShardReader
 from swav.data.scan import IMAGE_EXTENSIONS, known_extensions
@@ -242,7 +240,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _from_list(url: str) -> ImageSource:
-    rows = _read_list(url)
+    rows = read_list(url)
     texts = [label for _, _, label in rows if label is not None]
     if len(texts) not in (0, len(rows)):
         line = next(line for line, _, label in rows if label is None)
@@ -263,48 +261,6 @@ def _from_list(url: str) -> ImageSource:
         listed = [name for _, name, _ in rows]
         raise ValueError(f"{url}: no images found ({_kinds(listed)}); known extensions: {known_extensions()}")
     return FileSource(folder, names, labels or None, classes, len(rows) - len(names))
-
-
-def _read_list(url: str) -> list[tuple[int, str, str | None]]:
-    if not storage.is_remote(url) and not Path(url).is_file():
-        raise ValueError(f"{url}: there is no such list")
-    try:
-        rows = list(_list_rows(url, storage.read(url).decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"{url}: there is no such list") from error
-    except csv.Error as error:
-        raise ValueError(f"{url} is no CSV ({error}); write one image per line, as path,label") from error
-    if not rows:
-        raise ValueError(f"{url} lists no images; write one per line")
-    return rows
-
-
-def _list_rows(url: str, text: str) -> Iterator[tuple[int, str, str | None]]:
-    """Line number, path and label of each entry."""
-    file = io.StringIO(text, newline="")
-    if url.lower().endswith(".csv"):
-        reader = csv.DictReader(file)
-        if "path" not in (reader.fieldnames or ()):
-            raise ValueError(
-                f"{url}: the first line must name the columns, path and perhaps label; it is "
-                f"{','.join(reader.fieldnames or ())!r}"
-            )
-        for row in reader:
-            yield reader.line_num, row["path"] or "", row.get("label") or None
-        return
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{url}, line {number} is no JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-            raise ValueError(f'{url}, line {number} must be an object like {{"path": "a.jpg", "label": 3}}')
-        label = record.get("label")
-        yield number, record["path"], None if label is None else str(label)
 
 
 def _from_tars(url: str, folder: str) -> ImageSource:

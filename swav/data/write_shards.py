@@ -14,20 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import numpy as np
-import webdataset
 from tqdm import tqdm
 
 from swav import rng, storage
-from swav.data import tar
 from swav.data.image_source import ImageSource, find_images
 from swav.data.index import DatasetIndex, build_index, open_index
 from swav.data.index_build import UNFINISHED_MARK, Building, finished_shard, write_rows
-from swav.data.scan import ROW_DTYPE, make_row
+from swav.data.scan import ROW_DTYPE
 from swav.data.shard_table import Shard
+from swav.data.shard_writer import Sample, write_shard
 
 _FORMAT = "swav.write_shards/2"
 _LOCK_NAME = ".write_shards.lock"
@@ -246,31 +244,13 @@ def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[
                 url = storage.join(folder, _shard_name(number))
                 with storage.open_atomic(url) as file:
                     end = min(written + options.samples_per_shard, len(order))
-                    for row in _fill(file, samples, written, end, options.bytes_per_shard):
+                    for row in write_shard(file, samples, written, end, options.bytes_per_shard):
                         members.append(row)
                         progress.update()
                 written += len(members)
                 _record(folder, _shard_name(number), members)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _fill(
-    file: BinaryIO, samples: Iterator[tuple[str, dict[str, bytes]]], start: int, end: int, bytes_per_shard: int
-) -> Iterator[tuple[int, ...]]:
-    """Write one shard; yields a row of the index for each sample."""
-    layout = _Layout()
-    num_bytes = 0
-    # mtime: the present time as a float would cost a pax header of 1 KiB for every member
-    with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-        for number in range(start, end):
-            stem, members = next(samples)
-            key = _key(number, stem)
-            num_bytes += writer.write({"__key__": key} | members)
-            yield layout.add(members)
-            if num_bytes >= bytes_per_shard:
-                break
-        assert writer.tarstream.offset == layout.position, "a member has more than one header block"
 
 
 def _record(folder: str, name: str, rows: list[tuple[int, ...]]) -> None:
@@ -281,41 +261,16 @@ def _record(folder: str, name: str, rows: list[tuple[int, ...]]) -> None:
     write_rows(folder, shard, np.array(rows, dtype=ROW_DTYPE))
 
 
-def _ahead(pool: ThreadPoolExecutor, images: ImageSource, order: list[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _ahead(pool: ThreadPoolExecutor, images: ImageSource, order: list[int]) -> Iterator[Sample]:
     """Load samples in order, some of them ahead."""
     numbers = iter(order)
-    pending: deque[Future[tuple[str, dict[str, bytes]]]] = deque()
+    pending: deque[Future[Sample]] = deque()
     while True:
         for number in islice(numbers, 2 * _THREADS - len(pending)):
             pending.append(pool.submit(images.load, number))
         if not pending:
             return
         yield pending.popleft().result()
-
-
-@dataclass(slots=True)
-class _Layout:
-    """Where the members of a shard stand that is being written: sorted in a sample, one header block before each."""
-
-    position: int = 0
-
-    def add(self, members: dict[str, bytes]) -> tuple[int, ...]:
-        """The row of the next sample."""
-        found: dict[str, tar.TarMember] = {}
-        for extension in sorted(members):
-            offset = self.position + tar.BLOCK_BYTES
-            found[extension] = tar.TarMember(extension, offset, len(members[extension]), self.position)
-            self.position = offset + tar.padded(len(members[extension]))
-        cls, metadata = found.pop("cls", None), found.pop("json", None)
-        (image,) = found.values()
-        crc32c = {extension: google_crc32c.value(data) for extension, data in members.items()}
-        return make_row([image, cls, metadata], crc32c)
-
-
-def _key(number: int, stem: str) -> str:
-    """A unique key without dots that shows where the sample comes from; short ASCII, so that ustar headers do."""
-    name = re.sub(r"[^0-9A-Za-z_-]+", "_", re.sub(r"^[0-9]{9}-", "", stem))
-    return f"{number:09d}-{name[-60:]}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -240,7 +240,7 @@ def test_a_store_is_written_and_read_like_a_folder(
     assert (tmp_path / "again" / "classes.txt").read_text() == "class-0\nclass-1\nclass-2\n"
 
 
-def test_a_call_into_a_store_goes_on_too(
+def test_a_call_into_a_store_goes_on(
     images: Path, tmp_path: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _interrupt(images, "s3://bucket/goes-on", monkeypatch)

@@ -2,7 +2,7 @@
 
     python bench/order.py [--samples 1281167] [--classes 1000] [--shards 1000]
 
-Batches of 4,096; then the same for ten times the samples and shards.
+Batches of 4,096; then the same for ten times the samples and shards (minutes).
 
 The worst case for mixing: every shard holds neighbouring classes only. Deterministic: the tables are the same
 anywhere. The buffer is webdataset's own, behind its own striping of shards over ranks and workers.

@@ -34,14 +34,16 @@ class Agents:
     nodes: str = "1"
     ranks_per_node: int = 1
     options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     port: int = field(default_factory=free_port)
 
-    def start(self, *prefix: str) -> "subprocess.Popen[bytes]":
+    def start(self, prefix: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
         """Start one more.
 
         Args:
             prefix: of the command line.
+            options: of this one alone.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         meeting = ["--standalone"]
@@ -51,14 +53,20 @@ class Agents:
         shape = [f"--nnodes={self.nodes}", f"--nproc-per-node={self.ranks_per_node}"]
         with self.log(len(self.started)).open("wb") as log:
             process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "swav.elastic", *shape, *meeting, *self.options, *self.words],
+                [*prefix, sys.executable, "-m", "swav.elastic", *shape, *meeting, *self.options, *options, *self.words],
                 cwd=ROOT,
-                env=environment(self.cache),
+                env=environment(self.cache) | self.environment,
                 stdout=log,
                 stderr=log,
             )
         self.started.append(process)
         return process
+
+    def is_met(self) -> bool:
+        """Whether one of them hosts the meeting of all by now."""
+        tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables for line in table.splitlines()[1:]]
+        return any(line[1].endswith(f":{self.port:04X}") and line[3] == "0A" for line in lines)  # 0A: listens
 
     def log(self, number: int) -> Path:
         """What an agent and its workers print."""

@@ -108,7 +108,8 @@ def arguments(data: Path | str, output: Path, *overrides: str) -> list[str]:
 
 def environment(cache: Path) -> dict[str, str]:
     """Of a process of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "eval"), os.environ.get("PYTHONPATH")]))
+    folders = [ROOT, ROOT / "eval", ROOT / "tests" / "support"]
+    path = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "SWAV_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 

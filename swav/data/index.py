@@ -227,9 +227,10 @@ def _check_shards(index: DatasetIndex) -> None:
 
 def _change(index: DatasetIndex, *, exact_times: bool) -> str | None:
     """In what the first changed shard differs from the index; None where none does."""
-    urls = [index.shard_url(number) for number in range(index.num_shards)]
-    with ThreadPoolExecutor(_STAT_THREADS if storage.is_remote(urls[0]) else 1) as pool:
-        for number, found in enumerate(pool.map(storage.stat, urls)):
+    urls = [storage.join(index.folder, decode_name(name)) for name in index.table["name"].tolist()]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        stats = pool.map(storage.stat, urls) if storage.is_remote(urls[0]) else map(storage.stat, urls)
+        for number, found in enumerate(stats):
             change = index.shard(number).change_since(found, exact_times=exact_times)
             if change is not None:
                 return change

@@ -68,8 +68,8 @@ def pack(shards: Sequence[Shard]) -> NDArray[np.void]:
 
 def unpack(row: np.void) -> Shard:
     """One shard of a table."""
-    values = {field.name: row[field.name].item() for field in fields(Shard)}
-    return Shard(**values | {name: decode_name(values[name]) for name in _TEXTS})
+    name, num_bytes, mtime_ns, etag, *rest = row.item()
+    return Shard(decode_name(name), num_bytes, mtime_ns, decode_name(etag), *rest)
 
 
 def is_table(table: NDArray[Any]) -> bool:

@@ -68,7 +68,8 @@ def pack(shards: Sequence[Shard]) -> NDArray[np.void]:
 
 def unpack(row: np.void) -> Shard:
     """One shard of a table."""
-    name, num_bytes, mtime_ns, etag, *rest = row.item()
+    values: Any = row.item()
+    name, num_bytes, mtime_ns, etag, *rest = values
     return Shard(decode_name(name), num_bytes, mtime_ns, decode_name(etag), *rest)
 
 

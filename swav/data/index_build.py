@@ -31,7 +31,7 @@ _CHUNK_ROWS_OF_SMALL_IMAGES = 256
 _SMALL_CHUNK_BYTES = 8_000_000
 _THREADS_LOCAL = 4
 _THREADS_REMOTE = 32  # reading headers from a store is waiting
-_SHARDS_PER_PROCESS = 32  # fewer are done before another process has started
+_SHARDS_PER_PROCESS = 128  # fewer are done before another process has started
 
 logger = logging.getLogger(__name__)
 

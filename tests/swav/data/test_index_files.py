@@ -97,6 +97,8 @@ def test_a_remote_index_is_fetched_once_and_verified(data: Path, served: str, ca
     index = open_index(served)
     assert (index.folder, index.shard_url(1)) == (served, f"{served}/shard-000001.tar")
     assert index.rows(1).tolist() == open_index(str(data)).rows(1).tolist()
+    assert open_index(f"{served}/shard-00000{{1..1}}.tar").rows_per_shard.tolist() == [2]
+    assert open_index(f"{served}/shard-000000.tar").rows_per_shard.tolist() == [3]
     (copy,) = cache.glob("index/*/shard-000001.tar-*.npy")
     (data / "index" / "shard-000001.tar.npy").unlink()
     _forget_open_tables()

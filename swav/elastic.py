@@ -10,6 +10,7 @@ Exit status: 0 done, 64 refused (do not try again), 75 stopped on request (state
 """
 
 import argparse
+import faulthandler
 import logging
 import os
 import signal
@@ -36,6 +37,8 @@ from swav.watchdog import last_step
 # Each loss of a peer costs every surviving node one restart; a long run on preemptible nodes sees many.
 MAX_RESTARTS = 1000
 MAX_FUTILE_RESTARTS = 3
+# The agents' store answers at once or never: torch sets most of its calls no deadline, and TCP tries for 15 minutes.
+AGENT_TIMEOUT_SECONDS = 120.0
 # Minutes for the first nodes to come; a lost node is given up after 3 x 5 s; what is there then waits 15 s for more.
 RENDEZVOUS_SETTINGS = "join_timeout=1800,last_call_timeout=15,keep_alive_interval=5,keep_alive_max_attempt=3"
 
@@ -62,18 +65,22 @@ class Left(SignalException):
 class Agent(LocalElasticAgent):
     """Torch's agent of one host, which looks at its workers' exit statuses before it restarts them."""
 
-    def __init__(self, *arguments: Any, folder: Path, max_futile_restarts: int, **settings: Any) -> None:
+    def __init__(
+        self, *arguments: Any, folder: Path, max_futile_restarts: int, timeout_seconds: float, **settings: Any
+    ) -> None:
         """Prepare.
 
         Args:
             arguments: of torch's agent.
             folder: shared with the workers of this host.
             max_futile_restarts: restarts in a row after which the run has got no further.
+            timeout_seconds: between two looks at the workers, after which this agent ends itself.
             settings: of torch's agent.
         """
         super().__init__(*arguments, **settings)
         self._folder = folder
         self._max_futile_restarts = max_futile_restarts
+        self._timeout_seconds = timeout_seconds
         self._num_futile = 0
         self._furthest_step = -1
         self._failed_world: int | None = None
@@ -97,11 +104,14 @@ class Agent(LocalElasticAgent):
             raise
         except Exception as error:
             raise Left(str(error), signal.SIGTERM) from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         if result is None:  # a node too many, which waited until the others were done
             raise Ended(0, "the run ended without needing this node")
         return result
 
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        faulthandler.cancel_dump_traceback_later()  # other nodes may be long in coming
         for path in self._folder.glob(SAID + "*"):
             path.unlink()
         try:
@@ -111,8 +121,10 @@ class Agent(LocalElasticAgent):
             raise
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
+            faulthandler.cancel_dump_traceback_later()  # the exit barrier comes
             self._tell(0, "the run is done")
         elif result.state is WorkerState.FAILED:
             self._follow_verdict()
@@ -120,6 +132,10 @@ class Agent(LocalElasticAgent):
         elif time.monotonic() - self._asked_at > _VERDICT_EVERY_SECONDS:
             self._follow_verdict(may_end_by_itself=True)
         return result
+
+    def _shutdown(self, *arguments: Any, **settings: Any) -> None:
+        faulthandler.cancel_dump_traceback_later()  # the workers may need their time to save
+        super()._shutdown(*arguments, **settings)
 
     def _judge(self, exit_statuses: list[int]) -> None:
         """Return if the workers are to be restarted.
@@ -220,11 +236,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=MAX_FUTILE_RESTARTS,
         help="give up after so many restarts in a row in which the run got no further",
     )
+    parser.add_argument(
+        "--agent-timeout-seconds",
+        type=float,
+        default=AGENT_TIMEOUT_SECONDS,
+        help="end this agent, for a supervisor to start it again, when the other agents' store is silent for so long",
+    )
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=MAX_RESTARTS)
     options = parser.parse_args(arguments)
-    if options.max_futile_restarts < 1:
-        parser.error(f"--max-futile-restarts {options.max_futile_restarts}: give at least 1")
+    if options.max_futile_restarts < 1 or options.agent_timeout_seconds <= 0:
+        parser.error(
+            f"--max-futile-restarts {options.max_futile_restarts} must be at least 1, --agent-timeout-seconds "
+            f"{options.agent_timeout_seconds} above 0"
+        )
     options.rdzv_conf = ",".join(filter(None, [RENDEZVOUS_SETTINGS, options.rdzv_conf]))  # the last one counts
     return options
 
@@ -244,7 +269,12 @@ def launch(options: argparse.Namespace) -> int:
         signal.signal(signum, _stop)
     with tempfile.TemporaryDirectory(prefix="swav-elastic-") as folder:
         os.environ |= {LAUNCHER_FOLDER: folder, LAUNCHER_PID: str(os.getpid())}
-        agent = partial(Agent, folder=Path(folder), max_futile_restarts=options.max_futile_restarts)
+        agent = partial(
+            Agent,
+            folder=Path(folder),
+            max_futile_restarts=options.max_futile_restarts,
+            timeout_seconds=options.agent_timeout_seconds,
+        )
         try:
             vars(launcher)["LocalElasticAgent"] = agent  # torch has no other way to give it another
             record(torchrun.run)(options)
@@ -257,7 +287,7 @@ def launch(options: argparse.Namespace) -> int:
         except SignalException as stopped:
             _logger.warning("%s; run the same command to go on", stopped)
             return EXIT_STOPPED
-        except ChildFailedError as failed:
+        except (ChildFailedError, RendezvousError) as failed:
             _logger.error("%s", failed)
             return EXIT_FAILED
     return 0

@@ -17,6 +17,7 @@ from swav_testing.runs import QUEUE, arguments, children, events, last_step, los
 
 NUM_KILLS = 30
 NUM_KILLS_OF_ONE_WORLD = 8
+MIN_NODES, MAX_NODES = 2, 3
 EPOCHS, STEPS_PER_EPOCH = 3, 22
 NUM_STEPS = EPOCHS * STEPS_PER_EPOCH
 ROWS_PER_SHARD = (61, 44, 71)  # 176 images in batches of 8
@@ -62,29 +63,37 @@ def run(tmp_path: Path, cache: Path, data: Path, *, nodes: str, ranks_per_node: 
 
 
 class Supervisor:
-    """Starts again the agents that end before the run does, as Kubernetes would."""
+    """Starts again the agents that end before the run does, as Kubernetes would, at once or when there is a node."""
 
-    def __init__(self, started: Agents, num_nodes: int) -> None:
+    def __init__(self, started: Agents, output: Path, num_nodes: int) -> None:
         self._agents = started
+        self._output = output
         self._nodes: list[subprocess.Popen[bytes]] = [started.start() for _ in range(num_nodes)]
+        self._missing: dict[int, int] = {}  # nodes of which there is none until the run has taken a step
         self._since = time.monotonic()
 
     def look(self) -> bool:
         """Start again what has failed; whether the run is over."""
         assert time.monotonic() - self._since < DEADLINE_SECONDS, self._agents.printed()[-20_000:]
-        over = [process.poll() == 0 for process in self._nodes]
-        if any(over):
+        if any(process.poll() == 0 for process in self._nodes):
             return True
-        self._nodes = [self._agents.start() if process.poll() is not None else process for process in self._nodes]
+        step = last_step(self._output)
+        self._missing = {number: until for number, until in self._missing.items() if step < until}
+        for number, process in enumerate(self._nodes):
+            if process.poll() is not None and number not in self._missing:
+                self._nodes[number] = self._agents.start()
         return False
 
     def kill(self, kind: str, draw: random.Random) -> bool:
         """Kill a rank, an agent or both at once; False where there is none at this moment."""
-        node = draw.choice(self._nodes)
+        number = draw.randrange(len(self._nodes))
+        node = self._nodes[number]
         if node.poll() is not None:
             return False
         if kind == "node":
             kill_agent(node)
+            if len(self._nodes) > MIN_NODES and not self._missing:
+                self._missing[number] = last_step(self._output) + 1
             return True
         victims = [node.pid] if kind == "agent" else children(node.pid)
         if not victims:
@@ -96,15 +105,14 @@ class Supervisor:
         return True
 
 
-def kill_at_random_times(
-    started: Agents, output: Path, gate: Path, num_nodes: int, num_kills: int, kinds: tuple[str, ...]
-) -> None:
+def kill_at_random_times(started: Agents, output: Path, gate: Path, num_nodes: int, num_kills: int) -> None:
     """Carry a run to its end, killing something again and again; the gate keeps it from ending before the last kill."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")  # noqa: T201  (shown where the test fails)
     draw = random.Random(seed)
     allow(gate, 1)
-    supervisor = Supervisor(started, num_nodes)
+    supervisor = Supervisor(started, output, num_nodes)
+    since = time.monotonic()
     for number in range(num_kills):
         # Most kills come while steps are taken, some while the run is being started again after the one before.
         goal = number * (NUM_STEPS - 2) // num_kills + 1
@@ -113,12 +121,14 @@ def kill_at_random_times(
             supervisor.look()
             time.sleep(0.05)
         wait = time.monotonic() + draw.uniform(0, 1.5)
-        while time.monotonic() < wait or not supervisor.kill(draw.choice(kinds), draw):
+        while time.monotonic() < wait or not supervisor.kill(draw.choice(KINDS), draw):
             assert not supervisor.look(), "the run ended before the last kill"
             time.sleep(0.01)
+    print(f"{num_kills} kills in {time.monotonic() - since:.0f} s")  # noqa: T201
     allow(gate, NUM_STEPS)
     while not supervisor.look():
         time.sleep(0.05)
+    started.statuses()
 
 
 def check_samples(gate: Path) -> None:
@@ -136,20 +146,19 @@ def state(output: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.timeout(DEADLINE_SECONDS + 300)
 def test_a_run_that_is_killed_thirty_times_in_changing_worlds(tmp_path: Path, cache: Path, data: Path) -> None:
-    for name, nodes in (("reference", "1"), ("killed", "1:2")):
-        with run(tmp_path / name, cache, data, nodes=nodes, ranks_per_node=2, double=True) as started:
-            if name == "reference":
-                started.start()
-                assert started.statuses() == [0], started.printed()
-            else:
-                output, gate = tmp_path / name / "run", tmp_path / name / "gate"
-                kill_at_random_times(started, output, gate, 2, NUM_KILLS, KINDS)
+    with run(tmp_path / "reference", cache, data, nodes="1", ranks_per_node=1, double=True) as started:
+        started.start()
+        assert started.statuses() == [0], started.printed()
+    nodes = f"{MIN_NODES}:{MAX_NODES}"
+    with run(tmp_path / "killed", cache, data, nodes=nodes, ranks_per_node=1, double=True) as started:
+        output, gate = tmp_path / "killed" / "run", tmp_path / "killed" / "gate"
+        kill_at_random_times(started, output, gate, MAX_NODES, NUM_KILLS)
     reference = tmp_path / "reference" / "run"
     check_samples(gate)
     assert delivered(gate) == delivered(tmp_path / "reference" / "gate")
     worlds = [event["world_size"] for event in events(output) if event.get("event") == "start"]
     print(f"worlds {worlds}")  # noqa: T201
-    assert set(worlds) == {2, 4}
+    assert set(worlds) == {MIN_NODES, MAX_NODES}
     assert losses(output) == pytest.approx(losses(reference), rel=1e-7)
     books = [[event for event in events(folder) if event.get("event") == "epoch"] for folder in (output, reference)]
     assert books[0] == books[1]
@@ -165,7 +174,7 @@ def test_a_run_that_is_killed_in_one_world_is_bitwise_the_same(tmp_path: Path, c
         assert started.statuses() == [0], started.printed()
     with run(tmp_path / "killed", cache, data, nodes="1", ranks_per_node=2, double=False) as started:
         output, gate = tmp_path / "killed" / "run", tmp_path / "killed" / "gate"
-        kill_at_random_times(started, output, gate, 1, NUM_KILLS_OF_ONE_WORLD, KINDS)
+        kill_at_random_times(started, output, gate, 1, NUM_KILLS_OF_ONE_WORLD)
     reference = tmp_path / "reference" / "run"
     check_samples(gate)
     assert losses(output) == losses(reference)

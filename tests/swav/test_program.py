@@ -77,7 +77,10 @@ def test_one_rank_says_what_several_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(what: str) -> Callable[[], None]:
-        return lambda: from_json(json.dumps({what: 1}))
+        def body() -> None:
+            from_json(json.dumps({what: 1}))
+
+        return body
 
     monkeypatch.setenv(LAUNCHER_FOLDER, str(tmp_path))
     assert run(refused("this")) == run(refused("this")) == run(refused("that")) == EXIT_REFUSED

@@ -103,6 +103,7 @@ class Hosts:
     agents: Agents
     network: Network
     rendezvous: str
+    agent_timeout_seconds: float
     running: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     logs: dict[int, list[int]] = field(default_factory=dict)
 
@@ -113,10 +114,11 @@ class Hosts:
             if process is not None and process.poll() is None:
                 continue
             conf = f"--rdzv-conf={self.rendezvous},is_host={int(number == 0)}"
+            patience = f"--agent-timeout-seconds={self.agent_timeout_seconds}"
             self.logs.setdefault(number, []).append(len(self.agents.started))
             self.running[number] = self.agents.start(
                 prefix=self.network.in_host(number),
-                options=(f"--rdzv-endpoint={address(0)}:{_PORT}", f"--local-addr={address(number)}", conf),
+                options=(f"--rdzv-endpoint={address(0)}:{_PORT}", f"--local-addr={address(number)}", conf, patience),
             )
 
     def restarts(self, number: int) -> int:
@@ -131,7 +133,7 @@ class Times:
 
     noticed: float  # since the cut: the other hosts' ranks have failed
     recovered: float  # since the cut: first step without the host
-    host_noticed: float  # since the cut: its own rank has failed
+    host_noticed: float  # since the cut: its own agent has ended, or started its rank again
     joined: float  # since it was healed: first step with the host
     lost_steps: int  # taken by all three, and taken again by two
 
@@ -145,7 +147,7 @@ def measure(
         folder: for the run and what it prints.
         cache: of indexes.
         data: images to train on.
-        timeout_seconds: ``runtime.collective_timeout_seconds``.
+        timeout_seconds: ``runtime.collective_timeout_seconds``, and the agents' ``--agent-timeout-seconds``.
         rendezvous: ``--rdzv-conf``.
         deadline_seconds: for each of these.
 
@@ -166,7 +168,7 @@ def measure(
         network(NUM_HOSTS) as net,
         agents(folder / "agents", cache, words, nodes=f"2:{NUM_HOSTS}", environment=environment) as started,
     ):
-        hosts = Hosts(started, net, rendezvous)
+        hosts = Hosts(started, net, rendezvous, timeout_seconds)
 
         def wait(condition: Callable[[], bool], what: str) -> float:
             since = time.monotonic()
@@ -222,8 +224,8 @@ def table(times: Times) -> str:
     """For people."""
     rows = [
         ("the other hosts notice: their ranks fail", times.noticed),
-        ("the host itself notices: its rank fails", times.host_noticed),
         ("first step without the host", times.recovered),
+        ("the host itself notices: its agent ends", times.host_noticed),
         ("after it is healed: first step with it again", times.joined),
     ]
     lines = ["| | seconds |", "|---|---|", *(f"| {what} | {seconds:.0f} |" for what, seconds in rows)]

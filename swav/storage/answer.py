@@ -3,7 +3,6 @@
 import contextlib
 import re
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any, Protocol
 
 from swav.storage.types import FileStat
@@ -33,8 +32,8 @@ class BeyondEndError(Exception):
 class Body(Protocol):
     """The bytes of an answer."""
 
-    def read(self, num_bytes: int, /) -> bytes:
-        """Read what is there, at most so much; empty at the end.
+    def readinto(self, view: memoryview, /) -> int:
+        """Fill a buffer with what is there, and wait only where nothing is; returns the number of bytes, 0 at the end.
 
         Raises:
             Fault: the connection broke or was silent for too long.
@@ -87,27 +86,29 @@ def span(content_range: str | None, num_bytes: int) -> tuple[int, int]:
 class WireBody:
     """The body of an answer of urllib3, which boto3 uses too.
 
-    It reads from ``http.client`` below urllib3, because urllib3 1.26 can only wait until as much is there as asked for,
-    so that a store that trickles would hold the caller, and what came before a connection broke would be lost.
+    It reads the socket's buffered stream below urllib3 and http.client, into the caller's memory and without a copy:
+    they can only wait until as much is there as was asked for, so that a store that trickles would hold the caller, and
+    what came before a connection broke would be lost.
     """
 
     def __init__(self, raw: Any, num_bytes: int, *, idle_seconds: float) -> None:
         self._raw = raw
         self._wire = raw._fp  # http.client.HTTPResponse
+        self._stream = self._wire.fp  # io.BufferedReader; None where the body is empty
         self._left = num_bytes
-        if self._wire.fp is not None:  # else it was empty
-            self._wire.fp.raw._sock.settimeout(idle_seconds)  # http.client may have let go of the socket's owner
+        if self._stream is not None:
+            self._stream.raw._sock.settimeout(idle_seconds)  # http.client may have let go of the socket's owner
 
-    def read(self, num_bytes: int) -> bytes:
-        """Read what is there, at most so much; empty at the end."""
+    def readinto(self, view: memoryview) -> int:
+        """Fill a buffer with what is there, and wait only where nothing is; returns how much it was, 0 at the end."""
         try:
-            data: bytes = self._wire.read1(min(num_bytes, self._left))
+            num_bytes: int = self._stream.readinto1(view[: self._left])
         except TimeoutError:
             raise Fault("no byte came for too long", TimeoutError) from None
-        except (OSError, HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:  # ValueError: closed
             raise Fault(f"the connection broke ({type(error).__name__})", ConnectionError) from None
-        self._left -= len(data)
-        return data
+        self._left -= num_bytes
+        return num_bytes
 
     def close(self) -> None:
         """Give the connection back, or drop it where bytes are left on it."""

@@ -17,7 +17,8 @@ _POOL_CONNECTIONS = 64
 _REDIRECTS = 5
 _AGAIN_STATUSES = frozenset({408, 425, 429})  # and all from 500 but 501 and 505
 _pools: dict[tuple[int, str, str], Any] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def get(url: str, start: int, end: int | None, expected: FileStat, patience: Patience) -> Answer:

@@ -4,8 +4,9 @@ A store (:mod:`swav.storage.s3`, :mod:`swav.storage.http`) makes one attempt; wh
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from io import BytesIO
 from typing import Protocol
 
 from swav.storage.answer import Answer, BeyondEndError, Fault
@@ -72,6 +73,11 @@ class RemoteFile:
         self._stat = FileStat(-1, 0, etag)
 
     @property
+    def known_bytes(self) -> int | None:
+        """The size of the object, where the store has said it already."""
+        return self._stat.num_bytes if self._stat.num_bytes >= 0 else None
+
+    @property
     def stat(self) -> FileStat:
         """What it was when it was opened.
 
@@ -92,56 +98,32 @@ class RemoteFile:
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Read a range; shorter than asked for only where the object ends."""
-        return b"".join(self.stream(offset, num_bytes))
+        return self._read(offset, offset + num_bytes) if num_bytes > 0 else b""
 
     def read_whole(self) -> bytes:
         """Read all of it, with one request where nothing goes wrong."""
-        return b"".join(self._pieces(0, None))
+        return self._read(0, None)
 
     def stream(self, offset: int, num_bytes: int) -> Iterator[bytes]:
         """Read a range in pieces of at most ``PIECE_BYTES``."""
-        return self._pieces(offset, offset + num_bytes) if num_bytes > 0 else iter(())
+        with closing(_Range(self, offset, offset + num_bytes)) as wanted:
+            left = wanted.begin() if num_bytes > 0 else 0
+            while left > 0:
+                piece = _filled(min(PIECE_BYTES, left), wanted.fill)
+                left -= len(piece)
+                yield piece
 
-    def _pieces(self, start: int, end: int | None) -> Iterator[bytes]:
-        patience = PATIENCE
-        attempts = Attempts(f"{self.url}: reading bytes {start} to {'the end' if end is None else end}", patience)
-        position, gained = start, 0
-        while True:
-            if self._stat.num_bytes >= 0:
-                end = self._stat.num_bytes if end is None else min(end, self._stat.num_bytes)
-            if end is not None and position >= end:
-                return
-            try:
-                with closing(self._ask(position, end, patience)) as answer:
-                    end = answer.start + answer.num_bytes if end is None else min(end, answer.stat.num_bytes)
-                    speed = _Speed(patience)
-                    while position < end:
-                        piece = self._next_piece(answer, end - position, speed)
-                        position += len(piece)
-                        gained += len(piece)
-                        yield piece
-            except BeyondEndError:
-                if self._stat.num_bytes >= 0:
-                    raise ChangedError(changed(self.url, "is shorter now")) from None
-                self.stat  # noqa: B018 - the size of the object ends the loop
-            except Fault as fault:
-                if gained >= patience.progress_bytes:
-                    attempts.progress()
-                if position > start:
-                    count("resumed_streams")
-                gained = 0
-                attempts.failed(fault)
+    def _read(self, start: int, end: int | None) -> bytes:
+        with closing(_Range(self, start, end)) as wanted:
+            return _filled(wanted.begin(), wanted.fill)
 
-    def _next_piece(self, answer: Answer, most: int, speed: _Speed) -> bytes:
-        before = time.monotonic()
-        piece = answer.body.read(min(PIECE_BYTES, most))
-        if not piece:
-            raise Fault("the body ended before its length", ConnectionError)
-        count("bytes_received", len(piece))
-        speed.saw(len(piece), time.monotonic() - before)
-        return piece
+    def ask(self, start: int, end: int | None, patience: Patience) -> Answer:
+        """An answer to one request, which is about the object that was opened and about this range of it.
 
-    def _ask(self, start: int, end: int | None, patience: Patience) -> Answer:
+        Raises:
+            Fault: try again.
+            BeyondEndError: the object ends before the range.
+        """
         try:
             answer = hedged(lambda: self._store.get(self.url, start, end, self._stat, patience), patience)
         except FileNotFoundError:
@@ -159,6 +141,8 @@ class RemoteFile:
         """Refuse an answer to another question than was asked."""
         expected_end = answer.stat.num_bytes if end is None else min(end, answer.stat.num_bytes)
         whole = answer.start == 0 and answer.num_bytes == answer.stat.num_bytes
+        if self._stat.num_bytes < 0 and end is not None and answer.stat.num_bytes < end:
+            self.num_bytes()  # that the object ends so early is not taken from one answer
         self._learn(answer.stat)
         if answer.start != start:
             if whole:
@@ -183,6 +167,85 @@ class RemoteFile:
         if self._stat == _UNKNOWN:
             return FileNotFoundError(f"{self.url}: there is no such object")
         return ChangedError(changed(self.url, "was removed"))
+
+
+class _Range:
+    """A range that is being read: one answer of the store after the other, until all of it has come."""
+
+    def __init__(self, file: RemoteFile, start: int, end: int | None) -> None:
+        self._file = file
+        self._start, self._position, self._end = start, start, end
+        self._patience = PATIENCE
+        what = f"{file.url}: reading bytes {start} to {'the end' if end is None else end}"
+        self._attempts = Attempts(what, self._patience)
+        self._answer: Answer | None = None
+        self._speed = _Speed(self._patience)
+        self._gained = 0
+
+    def begin(self) -> int:
+        """The number of bytes that will come, which the store is asked for where the object's size is not known."""
+        while (size := self._file.known_bytes) is None:
+            try:
+                self._ask()
+            except BeyondEndError:
+                self._file.num_bytes()
+            except Fault as fault:
+                self._wait(fault)
+        self._end = size if self._end is None else min(self._end, size)
+        return max(self._end - self._start, 0)
+
+    def fill(self, view: memoryview) -> None:
+        """Fill a buffer with the next bytes."""
+        done = 0
+        while done < len(view):
+            try:
+                answer = self._answer or self._ask()
+                before = time.monotonic()
+                num_bytes = answer.body.readinto(view[done : done + PIECE_BYTES])
+                if num_bytes == 0:
+                    raise Fault("the body ended before its length", ConnectionError)
+                done += num_bytes
+                self._position += num_bytes
+                self._gained += num_bytes
+                count("bytes_received", num_bytes)
+                self._speed.saw(num_bytes, time.monotonic() - before)
+            except BeyondEndError:
+                raise ChangedError(changed(self._file.url, "is shorter now")) from None
+            except Fault as fault:
+                self._wait(fault)
+
+    def close(self) -> None:
+        """Let the connection go."""
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
+
+    def _ask(self) -> Answer:
+        self._speed = _Speed(self._patience)
+        self._answer = self._file.ask(self._position, self._end, self._patience)
+        return self._answer
+
+    def _wait(self, fault: Fault) -> None:
+        """Before the next request."""
+        self.close()
+        if self._gained >= self._patience.progress_bytes:
+            self._attempts.progress()
+        if self._position > self._start:
+            count("resumed_streams")
+        self._gained = 0
+        self._attempts.failed(fault)
+
+
+def _filled(num_bytes: int, fill: Callable[[memoryview], None]) -> bytes:
+    """Bytes that are received where they stay: joining pieces costs several times as much."""
+    if num_bytes == 0:
+        return b""
+    buffer = BytesIO()
+    buffer.seek(num_bytes - 1)
+    buffer.write(b"\0")
+    with buffer.getbuffer() as view:
+        fill(view)
+    return buffer.getvalue()
 
 
 def stat(url: str, store: Store) -> FileStat | None:

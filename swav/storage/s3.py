@@ -33,7 +33,8 @@ _SETTINGS = (
     "SWAV_S3_UNSIGNED",
 )
 _clients: dict[tuple[object, ...], Any] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def get(url: str, start: int, end: int | None, expected: FileStat, patience: Patience) -> Answer:
@@ -46,10 +47,10 @@ def get(url: str, start: int, end: int | None, expected: FileStat, patience: Pat
     body = WireBody(found["Body"]._raw_stream, num_bytes, idle_seconds=patience.idle_seconds)
     try:
         first, total = span(found.get("ContentRange"), num_bytes)
+        return Answer(first, num_bytes, _stat(total, found), body)
     except Fault:
         body.close()
         raise
-    return Answer(first, num_bytes, _stat(total, found), body)
 
 
 def head(url: str, patience: Patience) -> FileStat | None:

@@ -1,12 +1,12 @@
 """Reading samples without decoding, and the whole way to a batch: this project beside others, in the same run.
 
-    python bench/reading.py DATA [--rounds 5] [--copies 4] [--whole] [--mds-python PYTHON]
+    python bench/reading.py DATA [--rounds 5] [--copies 4] [--fetch-bytes N] [--whole] [--mds-python PYTHON]
 
 DATA is a folder of shards. They are put into a temporary folder, ``copies`` times, and read from there and from an S3
 server over it (bench/static_s3.py) that runs on a core of its own; this process keeps to another. Each way reads all
 samples once per round; rounds alternate. A figure is images per second of this process's CPU time (all its threads),
-and of wall time, the median over the rounds; ratios are of CPU time. "Cold": the disk cache is empty. The copy reads
-the same tars whole, in pieces of 1 MiB, and looks at nothing. With ``--whole``: from S3 to a ready batch of 2x224 and
+and of wall time, the median over the rounds; ratios are of CPU time. "Cold": the disk cache is empty. Copies
+move the same tars whole and look at nothing. With ``--whole``: from S3 to a ready batch of 2x224 and
 6x96 crops, uint8 here; beside webdataset, PIL and torchvision's augmentation and default_collate, float32.
 ``--mds-python``: a Python with mosaicml-streaming.
 """
@@ -34,13 +34,14 @@ import boto3
 import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch.utils.data import default_collate
 from torchvision import transforms
 from webdataset.gopen import gopen_schemes
 
 from swav import storage
-from swav.config import COLOUR_MEAN, COLOUR_STD
+from swav.config import COLOUR_MEAN, COLOUR_STD, RuntimeConfig
 from swav.data.index import DatasetIndex, build_index, open_index
 from swav.data.index_build import Building
 from swav.data.loader import Loader
@@ -61,12 +62,14 @@ class Way:
 
     name: str
     read: Callable[[], int]
+    prepare: Callable[[], None] = lambda: None  # not timed
     cpu_seconds: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)
     num_images: int = 0
 
     def run(self) -> None:
         """Read once, and note the times."""
+        self.prepare()
         wall, cpu = time.perf_counter(), time.process_time()
         self.num_images = self.read()
         self.cpu_seconds.append(time.process_time() - cpu)
@@ -86,14 +89,10 @@ def order_of(index: DatasetIndex) -> EpochOrder:
     )
 
 
-def ours(index: DatasetIndex, *, shuffled: bool) -> int:
-    """All images, in the training order or in that of the shards, prefetched as the loader does."""
-    order = order_of(index)
-    batches = [order.batch(step) for step in range(order.num_steps)]
-    if not shuffled:
-        batches = np.array_split(np.arange(index.num_samples), order.num_steps)
+def ours(index: DatasetIndex, batches: list[NDArray[np.int64]], fetch_bytes: int) -> int:
+    """All images, prefetched as the loader does."""
     ahead = 0
-    with ShardReader(index, cache_bytes=CACHE_BYTES) as reader:
+    with ShardReader(index, fetch_bytes=fetch_bytes, cache_bytes=CACHE_BYTES) as reader:
         for step, batch in enumerate(batches):
             while ahead < min(step + 17, len(batches)) and reader.prefetch(batches[ahead]):
                 ahead += 1
@@ -107,13 +106,17 @@ def webdataset(urls: list[str]) -> int:
     return sum(1 for sample in wds.WebDataset(urls, shardshuffle=False, empty_check=False) if sample["jpg"])
 
 
-def copy_files(paths: list[Path], num_images: int) -> int:
-    """All bytes of the files."""
-    piece = bytearray(PIECE_BYTES)
+def read_files(paths: list[Path], num_images: int) -> int:
+    """All bytes of the files, each into new memory."""
     for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(piece):
-                pass
+        path.read_bytes()
+    return num_images
+
+
+def copy_files(paths: list[Path], out: Path, num_images: int) -> int:
+    """All bytes of the files, into another file."""
+    for path in paths:
+        shutil.copyfile(path, out / "copy")
     return num_images
 
 
@@ -127,7 +130,7 @@ def copy_objects(urls: list[str], num_images: int, out: Path | None) -> int:
     return num_images
 
 
-def body_of(url: str, *_: object, **__: object) -> Any:
+def body_of(url: str, *_args: object, **_settings: object) -> Any:
     """An object's body, from boto3."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return client().get_object(Bucket=bucket, Key=key)["Body"]
@@ -184,14 +187,9 @@ def official_batches(urls: list[str]) -> int:
     return num_images + (len(default_collate(waiting)[0]) if waiting else 0)
 
 
-def cold(read: Callable[[], int]) -> Callable[[], int]:
-    """The same from an empty disk cache."""
-
-    def run() -> int:
-        shutil.rmtree(Path(os.environ["SWAV_CACHE"]) / "blocks", ignore_errors=True)
-        return read()
-
-    return run
+def empty_cache() -> None:
+    """Remove all blocks."""
+    shutil.rmtree(Path(os.environ["SWAV_CACHE"]) / "blocks", ignore_errors=True)
 
 
 @contextmanager
@@ -279,6 +277,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--fetch-bytes", type=int, default=RuntimeConfig().fetch_bytes)
     parser.add_argument("--whole", action="store_true", help="up to batches, instead of reading alone")
     parser.add_argument("--mds-python", default=sys.executable)
     options = parser.parse_args()
@@ -299,26 +298,30 @@ def main() -> None:
             if options.whole:
                 ways = [
                     Way("webdataset, PIL, torchvision, default_collate", lambda: official_batches(urls)),
-                    Way("swav, one thread, cold", cold(lambda: our_batches(remote, 1))),
+                    Way("swav, one thread, cold", lambda: our_batches(remote, 1), empty_cache),
                     Way("swav, one thread, from the disk cache", lambda: our_batches(remote, 1)),
                     Way("swav, one thread, local shards", lambda: our_batches(local, 1)),
                 ]
                 measure("from S3 to batches, one core", ways, options.rounds, ways[0].name)
                 return
+            order = order_of(local)
+            shuffled = [order.batch(step) for step in range(order.num_steps)]
+            sequential = np.array_split(np.arange(total), order.num_steps)
             from_disk, from_store = mds_ways(options.mds_python, data, "s3://bucket", local)
             ways = [
                 Way("webdataset", lambda: webdataset([str(path) for path in paths])),
-                Way("swav, training order", lambda: ours(local, shuffled=True)),
-                Way("swav, shard order", lambda: ours(local, shuffled=False)),
-                Way("copy", lambda: copy_files(paths, total)),
+                Way("swav, training order", lambda: ours(local, shuffled, options.fetch_bytes)),
+                Way("swav, shard order", lambda: ours(local, sequential, options.fetch_bytes)),
+                Way("read whole files", lambda: read_files(paths, total)),
+                Way("copy files (cp)", lambda: copy_files(paths, Path(scratch), total)),
                 *from_disk,
             ]
             measure("local disk, one core", ways, options.rounds, "webdataset")
             ways = [
                 Way("webdataset over boto3", lambda: webdataset(urls)),
-                Way("swav, training order, cold", cold(lambda: ours(remote, shuffled=True))),
-                Way("swav, shard order, cold", cold(lambda: ours(remote, shuffled=False))),
-                Way("swav, training order, from the disk cache", lambda: ours(remote, shuffled=True)),
+                Way("swav, training order, cold", lambda: ours(remote, shuffled, options.fetch_bytes), empty_cache),
+                Way("swav, shard order, cold", lambda: ours(remote, sequential, options.fetch_bytes), empty_cache),
+                Way("swav, from the disk cache", lambda: ours(remote, shuffled, options.fetch_bytes)),
                 Way("copy to a file (boto3)", lambda: copy_objects(urls, total, Path(scratch))),
                 Way("copy to nowhere (boto3)", lambda: copy_objects(urls, total, None)),
                 *from_store,

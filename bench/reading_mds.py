@@ -14,7 +14,7 @@ from pathlib import Path
 
 def write(tars: Path, out: Path) -> None:
     """Write the images of all tars."""
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # type: ignore[import-not-found]
 
     with MDSWriter(out=str(out), columns={"jpg": "bytes"}, size_limit=1 << 26) as writer:
         for path in sorted(tars.glob("*.tar")):
@@ -27,7 +27,7 @@ def write(tars: Path, out: Path) -> None:
 
 def read(source: str) -> None:
     """Read all samples in order, from a folder or from a store through a new folder."""
-    from streaming import StreamingDataset
+    from streaming import StreamingDataset  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as scratch:
         where = {"remote": source, "local": scratch} if "://" in source else {"local": source}

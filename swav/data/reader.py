@@ -45,6 +45,7 @@ class _Row(NamedTuple):
 class _Shard(NamedTuple):
     """A shard in use."""
 
+    number: int
     rows: NDArray[np.void]  # ROW_DTYPE
     file: RangeFile | None  # None: it is remote
 
@@ -124,8 +125,9 @@ class ShardReader:
             RuntimeError, OSError: as for :meth:`image`.
         """
         labels = np.empty(self.index.num_samples, dtype=np.int64)
-        for shard, start in enumerate(self.index.row_offsets[:-1].tolist()):
-            rows = self._shard(shard).rows
+        for shard_number, start in enumerate(self.index.row_offsets[:-1].tolist()):
+            shard = self._shard(shard_number)
+            rows = shard.rows
             if not rows["cls_offset"].all():
                 raise ValueError(f"{self.name(start + int(rows['cls_offset'].argmin()))} has no label (.cls)")
             columns = (rows[f"cls_{part}"].tolist() for part in ("offset", "bytes", "crc32c"))
@@ -208,10 +210,11 @@ class ShardReader:
         if fetcher is not None:
             fetcher.abandon()
 
-    def _row(self, sample_id: int) -> tuple[int, int, _Row]:
+    def _row(self, sample_id: int) -> tuple[_Shard, int, _Row]:
         """Shard, number in the shard, and table row of a sample."""
-        shard, number = self.index.locate_one(sample_id)
-        return shard, number, _Row(*self._shard(shard).rows[number].item())
+        shard_number, number = self.index.locate_one(sample_id)
+        shard = self._shard(shard_number)
+        return shard, number, _Row(*shard.rows[number].item())
 
     def _number(self, sample_id: int, text: bytes) -> int:
         if not _INTEGER.fullmatch(text):
@@ -221,31 +224,34 @@ class ShardReader:
             )
         return int(text)
 
-    def _read(self, shard: int, number: int, offset: int, num_bytes: int, checksum: int) -> bytes:
+    def _read(self, shard: _Shard, number: int, offset: int, num_bytes: int, checksum: int) -> bytes:
         """Read a member of a row and verify it, if need be several times."""
-        for _ in range(_LOCAL_ATTEMPTS if self._shard(shard).file else _REMOTE_ATTEMPTS):
+        for _ in range(_LOCAL_ATTEMPTS if shard.file else _REMOTE_ATTEMPTS):
             file = self._file(shard, number)
             data = file.read(offset, num_bytes)
             if len(data) == num_bytes and (not checksum or google_crc32c.value(data) == checksum):
                 return data
             storage.count("checksum_failures")
             if isinstance(file, Block):
-                self._remote().discard(shard, number, file)
+                self._remote().discard(shard.number, number, file)
         if len(data) < num_bytes:
+            before = self.index.shard(shard.number).num_bytes
             raise RuntimeError(
-                f"shard {file.url} ends inside the bytes {offset}..{offset + num_bytes}, and had "
-                f"{self.index.shard(shard).num_bytes} bytes when it was indexed; restore it, or index the data again"
+                f"shard {file.url} ends inside the bytes {offset}..{offset + num_bytes}, and had {before} bytes when it "
+                "was indexed; restore it, or index the data again"
             )
         raise ChecksumError(
             f"checksum mismatch: the {num_bytes} bytes at byte {offset} of shard {file.url} are not those that were "
             "written; restore the shard"
         )
 
-    def _file(self, shard: int, number: int) -> RangeFile:
+    def _file(self, shard: _Shard, number: int) -> RangeFile:
         """What a row can be read from."""
-        return self._shard(shard).file or self._remote().block(shard, number)
+        return shard.file or self._remote().block(shard.number, number)
 
     def _remote(self) -> BlockFetcher:
+        if self._fetcher is not None:
+            return self._fetcher
         with self._lock:
             if self._shards is None:
                 raise RuntimeError("this ShardReader is closed")
@@ -264,7 +270,7 @@ class ShardReader:
                 return shard
         url = self.index.shard_url(number)
         file = None if storage.is_remote(url) else open_shard(self.index, number)
-        shard = _Shard(np.asarray(self.index.rows(number)), file)
+        shard = _Shard(number, np.asarray(self.index.rows(number)), file)
         with self._lock:
             if self._shards is not None:
                 self._shards[number] = shard

@@ -4,6 +4,7 @@ import http.client
 import socket
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import urlsplit
 
 import boto3
@@ -119,6 +120,39 @@ def test_conditions_reach_the_store(server: S3Server, proxy: FaultProxy, url: st
     assert statuses == [412 if server.knows_conditions else 200] * 2
     proxy.settle()
     assert [answered.status for answered in proxy.log] == statuses[1:]
+
+
+def test_the_store_sees_what_was_signed() -> None:
+    seen: list[tuple[str, list[tuple[str, str]]]] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers.items()))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    headers = [
+        ("Host", "bucket.store.example"),
+        ("x-amz-meta-a", "b  c"),
+        ("Content-Length", "3"),
+        ("X-AMZ-Date", "now"),
+    ]
+    with HTTPServer(("127.0.0.1", 0), Store) as store:
+        threading.Thread(target=store.serve_forever, args=(0.01,)).start()
+        with FaultProxy(f"http://127.0.0.1:{store.server_port}", rate=0) as proxy:
+            connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc)
+            connection.putrequest("PUT", "/a%20b/%C3%BC+?x=%2F&y", skip_host=True, skip_accept_encoding=True)
+            for name, value in headers:
+                connection.putheader(name, value)
+            connection.endheaders(b"abc")
+            assert connection.getresponse().status == 200
+            connection.close()
+        store.shutdown()
+    assert seen == [("/a%20b/%C3%BC+?x=%2F&y", headers)]
 
 
 def test_one_connection_carries_many_requests(proxy: FaultProxy, url: str) -> None:

@@ -1,9 +1,10 @@
 """Real S3 servers, each a process of its own on a free port of this machine.
 
 Where they differ (seen with moto 5.2 and s3rver 3.7): moto keeps objects in memory, knows ``If-Match`` and
-``If-None-Match``, checks no signature and closes every connection after one request. s3rver keeps objects in a folder
-and so survives its own death, checks signatures and keeps connections, ignores ``If-Match`` and, when writing,
-``If-None-Match``, and misreads suffix ranges (``bytes=-3``). Both list by pages and know other ranges and multipart.
+``If-None-Match``, takes any credentials and closes every connection after one request. s3rver keeps objects in a
+folder and so survives its own death, keeps connections, refuses unknown access keys but verifies only old (version 2)
+signatures, ignores ``If-Match`` and, when writing, ``If-None-Match``, misreads suffix ranges (``bytes=-3``), and
+answers any range of an empty object with ``bytes 0-0/0``. Both list by pages and know other ranges and multipart.
 """
 
 import os
@@ -175,8 +176,9 @@ def s3rver_server() -> Iterator[S3Server]:
         pytest.skip("s3rver is not installed: install Node.js and npm, then run make test again")
     with tempfile.TemporaryDirectory(prefix="s3rver-") as folder:
         variables = {**os.environ, "NODE_PATH": str(S3RVER / "node_modules"), "NODE_NO_WARNINGS": "1"}
-        script = str(ROOT / "tests" / "support" / "s3rver" / "serve.js")
-        server = S3Server([node, script], [folder, ACCESS_KEY, SECRET_KEY], variables, knows_conditions=False)
+        # Its continuation tokens are made with DES.
+        command = [node, "--openssl-legacy-provider", str(ROOT / "tests" / "support" / "s3rver" / "serve.js")]
+        server = S3Server(command, [folder, ACCESS_KEY, SECRET_KEY], variables, knows_conditions=False)
         try:
             yield server
         finally:

@@ -27,7 +27,7 @@ def write(tars: Path, out: Path) -> None:
 
 def read(source: str) -> None:
     """Read all samples in order, from a folder or from a store through a new folder."""
-    from streaming import StreamingDataset  # type: ignore[import-not-found]
+    from streaming import StreamingDataset
 
     with tempfile.TemporaryDirectory() as scratch:
         where = {"remote": source, "local": scratch} if "://" in source else {"local": source}

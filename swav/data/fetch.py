@@ -138,11 +138,10 @@ class BlockFetcher:
             Whether all of them are there or on their way. If not, so much is waiting for its first use that the caller
             should come back after some of it has been read.
         """
-        blocks = np.stack([shards, rows // self.block_rows], axis=1)
-        keys, first = np.unique(blocks, axis=0, return_index=True)
-        for shard, number in keys[np.argsort(first)].tolist():
+        keys, first = np.unique(shards << 32 | rows // self.block_rows, return_index=True)
+        for packed in keys[np.argsort(first)].tolist():
+            key = (packed >> 32, packed & 0xFFFFFFFF)
             with self._lock:
-                key = (shard, number)
                 if self._closed or key in self._open or key in self._flights:
                     continue
                 if self._ahead and (len(self._ahead) + 1) * self._block_bytes > self._ahead_limit:
@@ -286,9 +285,12 @@ def open_shard(index: DatasetIndex, number: int) -> RangeFile:
     return file
 
 
-def has_remote_shards(index: DatasetIndex) -> bool:
-    """Whether any shard is in an object store."""
-    return storage.is_remote(index.folder) or bool(np.char.find(index.table["name"], b"://").max(initial=-1) >= 0)
+def remote_shards(index: DatasetIndex) -> NDArray[np.bool_]:
+    """Which shards are in an object store, bool [shards]."""
+    names = index.table["name"]
+    elsewhere = np.char.startswith(names, b"/") if storage.is_remote(index.folder) else np.zeros(len(names), dtype=bool)
+    schemes = [np.char.startswith(names, scheme) for scheme in (b"s3://", b"http://", b"https://")]
+    return (storage.is_remote(index.folder) & ~elsewhere) | np.any(schemes, axis=0)
 
 
 def _changed(url: str, change: str) -> RuntimeError:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from swav import storage
 from swav.data import tar
-from swav.data.fetch import Block, BlockFetcher, has_remote_shards, open_cache, open_shard
+from swav.data.fetch import Block, BlockFetcher, open_cache, open_shard, remote_shards
 from swav.data.index import DatasetIndex
 from swav.storage import RangeFile
 
@@ -75,7 +75,8 @@ class ShardReader:
         """
         self.index = index
         self._fetch_bytes, self._cache_bytes = fetch_bytes, cache_bytes
-        self._any_remote = has_remote_shards(index)
+        self._is_remote = remote_shards(index)
+        self._any_remote = bool(self._is_remote.any())
         self._max_open_files = max_open_files
         self._shards: OrderedDict[int, _Shard] | None = OrderedDict()
         self._fetcher: BlockFetcher | None = None
@@ -198,10 +199,8 @@ class ShardReader:
         if not self._any_remote or not ids.size:
             return True
         shards, rows = self.index.locate(ids)
-        numbers = np.unique(shards)
-        remote = np.array([storage.is_remote(self.index.shard_url(number)) for number in numbers.tolist()], dtype=bool)
-        chosen = np.isin(shards, numbers[remote])
-        return self._remote().prefetch(shards[chosen], rows[chosen])
+        remote = self._is_remote[shards]
+        return self._remote().prefetch(shards[remote], rows[remote])
 
     def abandon(self) -> None:
         """Give up all fetching that is under way; reads that wait for it raise, and later ones begin anew."""
@@ -237,8 +236,8 @@ class ShardReader:
         if len(data) < num_bytes:
             before = self.index.shard(shard.number).num_bytes
             raise RuntimeError(
-                f"shard {file.url} ends inside the bytes {offset}..{offset + num_bytes}, and had {before} bytes when it "
-                "was indexed; restore it, or index the data again"
+                f"shard {file.url} ends inside the bytes {offset}..{offset + num_bytes}, and had {before} bytes when "
+                "it was indexed; restore it, or index the data again"
             )
         raise ChecksumError(
             f"checksum mismatch: the {num_bytes} bytes at byte {offset} of shard {file.url} are not those that were "
@@ -268,8 +267,7 @@ class ShardReader:
             if shard is not None:
                 self._shards.move_to_end(number)
                 return shard
-        url = self.index.shard_url(number)
-        file = None if storage.is_remote(url) else open_shard(self.index, number)
+        file = None if self._is_remote[number] else open_shard(self.index, number)
         shard = _Shard(number, np.asarray(self.index.rows(number)), file)
         with self._lock:
             if self._shards is not None:

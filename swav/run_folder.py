@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 from swav.distributed import rank
@@ -39,17 +40,26 @@ def sole_writer(output: Location, *, wait_seconds: float) -> Iterator[None]:
         return
     place = local_path(output) / _NAME
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("a+b") as file:
-        _wait_for(file, output, wait_seconds)
-        yield
+    with _open_locked(place, output, wait_seconds):
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
 
 
-def _wait_for(file: BinaryIO, output: Location, wait_seconds: float) -> None:
+def _open_locked(place: Path, output: Location, wait_seconds: float) -> BinaryIO:
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     since = time.monotonic()
-    while not _is_locked(file, output):
-        file.seek(0)
-        holder = json.loads(file.read() or "{}")
+    while True:
+        file = place.open("a+b")
+        if _is_locked(file, output):
+            if not _is_removed(file, place):
+                break
+            file.close()
+            continue
+        with file:
+            file.seek(0)
+            holder = json.loads(file.read() or "{}")
         limit = wait_seconds if launch == holder.get("launch") else min(wait_seconds, _FOR_ANOTHER_LAUNCH_SECONDS)
         if launch is None or time.monotonic() - since > limit:
             raise RuntimeError(
@@ -60,6 +70,15 @@ def _wait_for(file: BinaryIO, output: Location, wait_seconds: float) -> None:
     file.truncate(0)
     file.write(json.dumps({"launch": launch, "process": os.getpid(), "host": socket.gethostname()}).encode())
     file.flush()
+    return file
+
+
+def _is_removed(file: BinaryIO, place: Path) -> bool:
+    """Whether the one that held the lock has removed the file since it was opened."""
+    try:
+        return not os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return True
 
 
 def _is_locked(file: BinaryIO, output: Location) -> bool:

@@ -35,7 +35,8 @@ def test_a_second_run_is_told_who_writes(tmp_path: Path, monkeypatch: pytest.Mon
         process.kill()
     process.wait()
     with sole_writer(tmp_path / "run", wait_seconds=0):  # a killed process holds nothing
-        pass
+        assert (tmp_path / "run" / ".lock").exists()
+    assert list((tmp_path / "run").iterdir()) == []
     process.communicate()
 
 

@@ -290,7 +290,8 @@ def remote_shards(index: DatasetIndex) -> NDArray[np.bool_]:
     names = index.table["name"]
     elsewhere = np.char.startswith(names, b"/") if storage.is_remote(index.folder) else np.zeros(len(names), dtype=bool)
     schemes = [np.char.startswith(names, scheme) for scheme in (b"s3://", b"http://", b"https://")]
-    return (storage.is_remote(index.folder) & ~elsewhere) | np.any(schemes, axis=0)
+    remote: NDArray[np.bool_] = (storage.is_remote(index.folder) & ~elsewhere) | np.any(schemes, axis=0)
+    return remote
 
 
 def _changed(url: str, change: str) -> RuntimeError:

@@ -26,9 +26,8 @@ from swav.data.shard_table import Shard, npy_bytes, pack, shard_from_json, shard
 
 UNFINISHED_MARK = "write_shards.json"  # stands beside shards that are still being written
 _SHUFFLED_CHUNKS = 512 * 16  # default lanes times default window: with fewer chunks than this, chunks shrink
-_CHUNK_ROWS = 64
-_CHUNK_ROWS_OF_SMALL_IMAGES = 256
-_SMALL_CHUNK_BYTES = 8_000_000
+_CHUNK_BYTES = 8 << 20  # one request's worth
+_MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 16, 256
 _THREADS_LOCAL = 4
 _THREADS_REMOTE = 32  # reading headers from a store is waiting
 _SHARDS_PER_PROCESS = 128  # fewer are done before another process has started
@@ -123,15 +122,13 @@ def finished_shard(folder: str, name: str, found: storage.FileStat | None) -> Sh
 def chunk_rows_for(num_samples: int, num_bytes: int) -> int:
     """Rows per chunk: a power of two.
 
-    Chunks are as large as leaves 8,192 of them (the default lanes times the default window), and up to 64 rows; a small
-    dataset is shuffled sample by sample. Where 64 images are less than 8 MB, and 8,192 chunks of 256 rows are there, a
-    chunk has 256: requests to a store stay large.
+    A chunk of many samples has up to 8 MiB, one request's worth, and 16 to 256 rows. Of fewer samples, chunks are as
+    large as leaves 8,192 of them (the default lanes times the default window); a small dataset is shuffled sample by
+    sample.
     """
-    enough = num_samples >= _CHUNK_ROWS_OF_SMALL_IMAGES * _SHUFFLED_CHUNKS
-    if enough and _CHUNK_ROWS * num_bytes < _SMALL_CHUNK_BYTES * num_samples:
-        return _CHUNK_ROWS_OF_SMALL_IMAGES
-    wanted = min(max(num_samples // _SHUFFLED_CHUNKS, 1), _CHUNK_ROWS)
-    return 1 << (wanted.bit_length() - 1)
+    enough = _CHUNK_BYTES * num_samples // max(num_bytes, 1)
+    rows = min(max(enough, _MIN_CHUNK_ROWS), _MAX_CHUNK_ROWS, max(num_samples // _SHUFFLED_CHUNKS, 1))
+    return 1 << (rows.bit_length() - 1)
 
 
 def _jobs(

@@ -53,14 +53,19 @@ def _put(server: S3Server, folder: Path, prefix: str) -> str:
     [(1, 1), (16_383, 1), (16_384, 2), (50_000, 4), (524_287, 32), (524_288, 64), (1_281_167, 64), (10**9, 64)],
 )
 def test_small_datasets_are_shuffled_in_small_chunks(num_samples: int, expected: int) -> None:
-    assert chunk_rows_for(num_samples, 130_000 * num_samples) == expected
+    assert chunk_rows_for(num_samples, 110_000 * num_samples) == expected
 
 
 @pytest.mark.parametrize(
     ("num_samples", "image_bytes", "expected"),
-    [(2**21, 124_999, 256), (2**21, 125_000, 64), (2**21 - 1, 100, 64), (10**9, 75_000, 256)],
+    [
+        (2**21, 100, 256),
+        (2**21 - 1, 100, 128),
+        *((10**9, 32_768, 256), (10**9, 32_769, 128), (10**9, 75_000, 64), (10**9, 110_000, 64)),
+        *((10**9, 200_000, 32), (10**9, 500_000, 16), (10**9, 10**7, 16)),
+    ],
 )
-def test_many_small_images_are_read_in_large_chunks(num_samples: int, image_bytes: int, expected: int) -> None:
+def test_a_chunk_of_many_samples_is_one_request(num_samples: int, image_bytes: int, expected: int) -> None:
     assert chunk_rows_for(num_samples, image_bytes * num_samples) == expected
 
 

@@ -206,8 +206,11 @@ class BlockCache:
             with self._locked():  # every file counts with its size
                 self._set_used(self._used() - os.fstat(descriptor).st_size)  # of a killed writer
                 os.ftruncate(descriptor, 0)
-                self._reserve(total)
-                os.ftruncate(descriptor, total)  # takes no room yet
+                self._shrink_for(total)
+                try:
+                    os.posix_fallocate(descriptor, 0, total)  # faster to write, and a full disk shows at once
+                finally:
+                    self._set_used(self._used() + os.fstat(descriptor).st_size)
             received, checksum = 0, 0
             for piece in download():
                 if stop.is_set():
@@ -253,11 +256,10 @@ class BlockCache:
     def _set_used(self, num_bytes: int) -> None:
         os.pwrite(self._books, max(num_bytes, 0).to_bytes(8, "little"), 0)
 
-    def _reserve(self, num_bytes: int) -> None:
-        """Count a file that is going to be written; removes the oldest blocks where it would not fit (locked)."""
+    def _shrink_for(self, num_bytes: int) -> None:
+        """Remove the oldest blocks where a file that is going to be written would not fit (locked)."""
         if self._used() + num_bytes > self.budget_bytes:
             self._shrink(int(_KEPT_SHARE * self.budget_bytes) - num_bytes)
-        self._set_used(self._used() + num_bytes)
 
     def _make_room(self, num_bytes: int) -> int:
         """Remove the oldest blocks because the disk is full; how many bytes that freed."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import resource
 import threading
 from collections import OrderedDict
@@ -23,7 +24,7 @@ _NUM_THREADS = 8
 _MAX_OPEN_SHARDS = 256
 _MAX_OPEN_BLOCKS = 4096
 _MAX_AHEAD_BYTES = 32 << 30
-_AHEAD_SHARE = 4  # of the cache's budget, a quarter may be waiting for its first use
+_AHEAD_SHARE = 4  # of the cache's budget, a quarter may be waiting for its first use, over all ranks
 
 _Key = tuple[int, int]  # shard, number of the block in it
 
@@ -64,7 +65,7 @@ class _Flight:
 class BlockFetcher:
     """Blocks of an index's remote shards; any number of threads may use one.
 
-    A block is a run of rows of one shard: a power of two of them, with about ``fetch_bytes``. Where a whole shard has
+    A block is a run of rows of one shard: a power of two of them, with at most ``fetch_bytes`` in the mean. Where a whole shard has
     fewer, it is the shard.
     """
 
@@ -88,10 +89,11 @@ class BlockFetcher:
         self._cache = cache
         row_bytes = max(index.num_bytes / max(index.num_samples, 1), 1.0)
         largest = max(int(index.rows_per_shard.max(initial=1)), 1)
-        rows = max(2 ** round(math.log2(max(fetch_bytes / row_bytes, 1.0))), index.chunk_rows)
+        rows = max(2 ** int(math.log2(max(fetch_bytes / row_bytes, 1.0))), index.chunk_rows)
         self.block_rows = min(rows, 2 ** math.ceil(math.log2(largest)))
         self._block_bytes = math.ceil(self.block_rows * row_bytes)
-        self._ahead_limit = min(cache.budget_bytes // _AHEAD_SHARE, _MAX_AHEAD_BYTES)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun: those that share the cache
+        self._ahead_limit = min(cache.budget_bytes // (_AHEAD_SHARE * ranks), _MAX_AHEAD_BYTES)
         self._num_threads = num_threads
         self._max_open_blocks = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, _MAX_OPEN_BLOCKS)
         self._lock = threading.Lock()

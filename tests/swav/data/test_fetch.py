@@ -162,6 +162,16 @@ def test_prefetching_stops_at_its_budget_until_something_is_read(
     fetcher.close()
 
 
+def test_ranks_of_a_host_share_what_may_be_fetched_ahead(
+    store: Store, index: DatasetIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fetcher = make(index, tmp_path, budget=round(2 * 4 * 1.5 * 8 * index.num_bytes / index.num_samples))
+    assert prefetch(fetcher, index, [0])
+    assert not prefetch(fetcher, index, [8])
+    fetcher.close()
+
+
 def test_a_budget_below_one_block_still_lets_one_be_prefetched(
     store: Store, index: DatasetIndex, tmp_path: Path
 ) -> None:

@@ -65,8 +65,8 @@ class _Flight:
 class BlockFetcher:
     """Blocks of an index's remote shards; any number of threads may use one.
 
-    A block is a run of rows of one shard: a power of two of them, with at most ``fetch_bytes`` in the mean. Where a whole shard has
-    fewer, it is the shard.
+    A block is a run of rows of one shard: a power of two of them, in the mean with at most ``fetch_bytes``, but no less
+    than a chunk of the order. Where a whole shard has fewer, it is the shard.
     """
 
     def __init__(

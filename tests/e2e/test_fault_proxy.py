@@ -324,3 +324,7 @@ def test_a_head_can_be_cut_too(proxy: FaultProxy, client: boto3.client) -> None:
     assert len(head) == 40
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert body == b""
+    proxy.plan(Kind.DROP, at_byte=-3)
+    head, body = raw_get(proxy, _signed(client, "get_object", Key=KEY))
+    assert not head.endswith(b"\r\n")
+    assert head[-1:] == b"\r" or body == b""

@@ -183,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Cut
         else:
             if body:
-                self._send(head, body[: at_byte if at_byte is not None else draws.randrange(len(body))])
+                cut = at_byte if at_byte is not None else draws.randrange(len(body))
+                self._send(head if cut >= 0 else head[:cut], body[: max(cut, 0)])
             else:
                 self._send(head[: at_byte if at_byte is not None else draws.randrange(len(head))], b"")
             if fault.kind is Kind.STALL:

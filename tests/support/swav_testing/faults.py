@@ -114,8 +114,8 @@ class FaultProxy:
             kind: of the harm; None lets them pass.
             key: of the object; None for any request, "" for those on a bucket, such as listings.
             method: of the request.
-            at_byte: of the body where it happens (of what is uploaded, for PUT; of the head, without body; the
-                claimed length, for LENGTH); drawn where None.
+            at_byte: of the body where it happens, negative: so many bytes before it (of what is uploaded, for PUT; of
+                the head, where there is no body; the claimed length, for LENGTH); drawn where None.
             times: how many requests.
         """
         with self._lock:

@@ -2,12 +2,12 @@
 
     python bench/reading.py DATA [--rounds 5] [--copies 4] [--fetch-bytes N] [--whole] [--mds-python PYTHON]
 
-DATA is a folder of shards. They are put into a temporary folder, ``copies`` times, and read from there and from an S3
-server over it (bench/static_s3.py) that runs on a core of its own; this process keeps to another. Each way reads all
-samples once per round; rounds alternate. A figure is images per second of this process's CPU time (all its threads),
-and of wall time, the median over the rounds; ratios are of CPU time. "Cold": the disk cache is empty. Copies
-move the same tars whole and look at nothing. With ``--whole``: from S3 to a ready batch of 2x224 and
-6x96 crops, uint8 here; beside webdataset, PIL and torchvision's augmentation and default_collate, float32.
+DATA is a folder of shards. They are joined to one, which is put into a temporary folder, ``copies`` times, and read from
+there and from an S3 server over it (bench/static_s3.py) that runs on a core of its own; this process keeps to another.
+Each way reads all samples once per round; rounds alternate. A figure is images per second of this process's CPU time
+(all its threads), and of wall time, the median over the rounds; ratios are of CPU time. "Cold": the disk cache is
+empty. Copies move the same tars whole and look at nothing. With ``--whole``: from S3 to a ready batch of 2x224 and 6x96
+crops, uint8 here; beside webdataset, PIL and torchvision's augmentation and default_collate, float32.
 ``--mds-python``: a Python with mosaicml-streaming.
 """
 
@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from webdataset.gopen import gopen_schemes
 
 from swav import storage
 from swav.config import COLOUR_MEAN, COLOUR_STD, RuntimeConfig
-from swav.data.index import DatasetIndex, build_index, open_index
+from swav.data.index import DatasetIndex, build_index
 from swav.data.index_build import Building
 from swav.data.loader import Loader
 from swav.data.order import EpochOrder, substitutes
@@ -208,14 +209,16 @@ def static_s3(folder: Path, core: int | None) -> Iterator[None]:
             server.stdin.close()
 
 
-def put_data(source: str, folder: Path, copies: int) -> DatasetIndex:
-    """Copies of the shards below ``folder``, indexed with the checksum of every member."""
+def put_data(source: str, folder: Path, copies: int) -> None:
+    """Write all shards as one below ``folder``, so many times."""
     paths = sorted(storage.local_path(path) for path in storage.list_tars(source))
     folder.mkdir(parents=True)
     for copy in range(copies):
-        for path in paths:
-            shutil.copyfile(path, folder / f"{copy}-{path.name}")
-    return build_index(str(folder), str(folder), Building(checksums=True))
+        with tarfile.open(folder / f"all-{copy:03d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
+            for path in paths:
+                with tarfile.open(path) as shard:
+                    for member in shard:
+                        out.addfile(member, shard.extractfile(member))
 
 
 def table(title: str, ways: list[Way], base: str) -> str:
@@ -288,12 +291,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=storage.cache_folder()) as scratch:
         os.environ["SWAV_CACHE"] = f"{scratch}/cache"
         data = Path(scratch) / "bucket" / "data"
-        local = put_data(options.data, data, 1 if options.whole else options.copies)
+        put_data(options.data, data, 1 if options.whole else options.copies)
+        local = build_index(str(data), f"{scratch}/local", Building(checksums=True))
         paths = sorted(data.glob("*.tar"))
         urls = [f"s3://bucket/data/{path.name}" for path in paths]
         total = local.num_samples
         with static_s3(Path(scratch), cores[1] if len(cores) > 1 else None):
-            remote = open_index("s3://bucket/data")
+            remote = build_index("s3://bucket/data", f"{scratch}/remote", Building(checksums=True))
             os.sched_setaffinity(0, cores[:1])
             if options.whole:
                 ways = [

@@ -244,17 +244,13 @@ class BlockFetcher:
         return Block(cached, url, FileStat(known.num_bytes, known.mtime_ns, known.etag), start)
 
     def _byte_range(self, shard: int, number: int) -> tuple[int, int]:
-        """From the first to the last byte that any row of a block needs."""
+        """From the first to the last byte that any row of a block needs; rows stand in the order of the tar."""
         rows = self._index.rows(shard)[number * self.block_rows : (number + 1) * self.block_rows]
-        starts = [
-            rows["image_offset"].astype(np.int64) - rows["image_header_blocks"].astype(np.int64) * tar.BLOCK_BYTES
-        ]
-        ends = [rows["image_offset"].astype(np.int64) + rows["image_bytes"]]
-        for kind in ("cls", "json"):
-            offsets = rows[f"{kind}_offset"].astype(np.int64)
-            starts.append(offsets[offsets > 0])
-            ends.append(offsets + rows[f"{kind}_bytes"])
-        return int(np.concatenate(starts).min()), int(np.concatenate(ends).max())
+        first, last = rows[0], rows[-1]
+        starts = [int(first["image_offset"]) - int(first["image_header_blocks"]) * tar.BLOCK_BYTES]
+        starts += [int(first[f"{kind}_offset"]) for kind in ("cls", "json") if first[f"{kind}_offset"]]
+        ends = [int(last[f"{kind}_offset"]) + int(last[f"{kind}_bytes"]) for kind in ("image", "cls", "json")]
+        return min(starts), max(ends)
 
     def _shard(self, shard: int) -> RangeFile:
         with self._lock:

@@ -3,7 +3,7 @@
     python bench/reading.py DATA [--rounds 5] [--copies 4] [--fetch-bytes N] [--whole] [--mds-python PYTHON]
 
 DATA is a folder of shards. They are joined to one, which is put into a temporary folder, ``copies`` times, and read
-from there and from an S3 server over it (bench/static_s3.py) that runs on a core of its own; this process keeps to another.
+from there and from an S3 server over it (bench/static_s3.py) that has a core to itself; this process keeps to another.
 Each way reads all samples once per round; rounds alternate. A figure is images per second of this process's CPU time
 (all its threads), and of wall time, the median over the rounds; ratios are of CPU time. "Cold": the disk cache is
 empty. Copies move the same tars whole and look at nothing. With ``--whole``: from S3 to a ready batch of 2x224 and 6x96

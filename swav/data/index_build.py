@@ -40,7 +40,9 @@ class Building:
     """How to build an index."""
 
     _: KW_ONLY
-    processes: int | None = None  # None: one per core that may be used, fewer for few shards
+    # None: one per core that may be used, fewer for few shards. They run the caller's main module again, as Python's
+    # processes do, so a library call uses threads alone unless it is told otherwise.
+    processes: int | None = 1
     part: tuple[int, int] | None = None  # (i, n): only the i-th of n parts, from 1, and no index.json
     checksums: bool = False  # read the shards whole, and keep the CRC-32C of every member
     append: bool = False  # keep the ids of the index that is there

@@ -91,7 +91,7 @@ def _samples(file: Windows, checksums: bool) -> Iterator[tuple[str, dict[str, ta
     current: str | None = None
     members: dict[str, tar.TarMember] = {}
     crc32c: dict[str, int] = {}
-    for member in tar.walk(file):
+    for member in tar.walk(file, forget=file.forget):
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         if not stem or not extension:  # hidden files, and files such as LICENSE: as in webdataset, not part of a sample

@@ -6,7 +6,7 @@ every header's checksum is verified, and a tar that does not end in an end-of-ar
 cut falls exactly between two members.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ _FILE_TYPES = (b"0", b"\0", b"7")
 _TYPES_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _MAX_EXTENSION_BYTES = 1 << 20
+_MORE_READS = 3  # of a header that is bad
 _MAX_PADDING_BYTES = 10240  # tar writes records of this size
 
 
@@ -52,10 +53,15 @@ class _Extensions:
     num_bytes: int | None = None
 
 
-def walk(file: Readable) -> Iterator[TarMember]:
+def walk(file: Readable, *, forget: Callable[[], None] | None = None) -> Iterator[TarMember]:
     """Yield the regular files of a tar in their order; folders and links are passed over.
 
     Reads ustar, old V7, GNU (long names, base-256 sizes) and pax headers.
+
+    Args:
+        file: the tar.
+        forget: makes ``file`` read anew what it has read before. A header that is bad is then read some more times:
+            its bytes may have been spoilt on the way.
 
     Raises:
         RuntimeError: the file is empty, has no member, holds a bad header, is cut anywhere before its end-of-archive
@@ -65,14 +71,22 @@ def walk(file: Readable) -> Iterator[TarMember]:
     if total == 0:
         raise RuntimeError(f"shard {file.url} is empty (0 bytes); write it again, or remove it and rebuild the index")
     _refuse_other_formats(file, total)
-    position, count = 0, 0
+    position, count, failures = 0, 0, 0
     while position + BLOCK_BYTES <= total:
-        if _is_end(file, position, total):
+        try:
+            found = None if _is_end(file, position, total) else _next_member(file, position, total, count)
+        except RuntimeError:
+            failures += 1
+            if forget is None or failures > _MORE_READS:
+                raise
+            forget()
+            continue
+        if found is None:
             if count == 0:
                 raise RuntimeError(f"shard {file.url} is a tar without members; remove it and rebuild the index")
             return
-        member, position = _next_member(file, position, total, count)
-        count += 1
+        member, position = found
+        count, failures = count + 1, 0
         if member is not None:
             yield member
     raise RuntimeError(

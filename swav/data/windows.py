@@ -42,6 +42,10 @@ class Windows:
             first, last = 0, num_bytes
         return self._data[first:last]
 
+    def forget(self) -> None:
+        """Read everything anew from here on."""
+        self._data = b""
+
     def _fetch(self, offset: int, num_bytes: int) -> None:
         skipped = offset - (self._start + len(self._data))
         near = offset >= self._start and skipped <= _NEAR_BYTES

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from swav import rng, storage
 from swav.data.image_source import ImageSource, find_images
 from swav.data.index import DatasetIndex, build_index, open_index
-from swav.data.index_build import UNFINISHED_MARK, Building, finished_shard, write_rows
+from swav.data.index_build import UNFINISHED_MARK, finished_shard, write_rows
 from swav.data.scan import ROW_DTYPE
 from swav.data.shard_table import Shard
 from swav.data.shard_writer import Sample, write_shard
@@ -130,7 +130,7 @@ def _write(images: ImageSource, folder: str, record: dict[str, Any], options: _O
     if images.classes is not None:
         names = "\n".join(images.classes) + "\n"
         storage.write_atomic(storage.join(folder, "classes.txt"), names.encode("utf-8", "surrogateescape"))
-    index = build_index(folder, folder, Building(processes=1), written_from=record)
+    index = build_index(folder, folder, written_from=record)
     _tidy(folder)
     return index
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,13 @@ class BeyondEndError(Exception):
 
 class Body(Protocol):
     """The bytes of an answer."""
+
+    def wait(self) -> None:
+        """Wait for the first byte: it shows that the head before it came whole, which http.client does not check.
+
+        Raises:
+            Fault: the connection broke or was silent for too long.
+        """
 
     def readinto(self, view: memoryview, /) -> int:
         """Fill a buffer with what is there, and wait only where nothing is; returns the number of bytes, 0 at the end.
@@ -99,14 +107,16 @@ class WireBody:
         if self._stream is not None:
             self._stream.raw._sock.settimeout(idle_seconds)  # http.client may have let go of the socket's owner
 
+    def wait(self) -> None:
+        """Wait for the first byte, where there is one to come."""
+        with _faults():
+            if self._left and (self._stream is None or not self._stream.peek(1)):
+                raise Fault("the connection ended before the body", ConnectionError)
+
     def readinto(self, view: memoryview) -> int:
         """Fill a buffer with what is there, and wait only where nothing is; returns how much it was, 0 at the end."""
-        try:
+        with _faults():
             num_bytes: int = self._stream.readinto1(view[: self._left])
-        except TimeoutError:
-            raise Fault("no byte came for too long", TimeoutError) from None
-        except (OSError, ValueError) as error:  # ValueError: closed
-            raise Fault(f"the connection broke ({type(error).__name__})", ConnectionError) from None
         self._left -= num_bytes
         return num_bytes
 
@@ -118,3 +128,13 @@ class WireBody:
             else:
                 self._raw.close()
             self._raw.release_conn()
+
+
+@contextlib.contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise Fault("no byte came for too long", TimeoutError) from None
+    except (OSError, ValueError) as error:  # ValueError: closed
+        raise Fault(f"the connection broke ({type(error).__name__})", ConnectionError) from None

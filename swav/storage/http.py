@@ -40,26 +40,13 @@ def get(url: str, start: int, end: int | None, expected: FileStat, patience: Pat
 
 
 def head(url: str, patience: Patience) -> FileStat | None:
-    """One HEAD; where the server does not like that, a GET of one byte."""
+    """One HEAD."""
     try:
         raw = _send("HEAD", url, {}, patience)
-        raw.release_conn()
-        return _stat(_length(url, raw), raw)
     except FileNotFoundError:
         return None
-    except OSError:  # 403, 405, 501 or no length: for HEAD alone, on some servers
-        return _stat_by_get(url, patience)
-
-
-def _stat_by_get(url: str, patience: Patience) -> FileStat | None:
-    try:
-        answer = get(url, 0, 1, FileStat(-1, 0, ""), patience)
-    except FileNotFoundError:
-        return None
-    except BeyondEndError:
-        return FileStat(0, 0, "")
-    answer.close()
-    return answer.stat
+    raw.release_conn()
+    return _stat(_length(url, raw), raw)
 
 
 def _send(method: str, url: str, headers: dict[str, str], patience: Patience) -> Any:

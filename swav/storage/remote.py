@@ -131,6 +131,7 @@ class RemoteFile:
                 raise
             raise self._missing() from None
         try:
+            answer.body.wait()  # before anything in the head is believed
             self._check(answer, start, end)
         except BaseException:
             answer.close()
@@ -251,4 +252,17 @@ def _filled(num_bytes: int, fill: Callable[[memoryview], None]) -> bytes:
 def stat(url: str, store: Store) -> FileStat | None:
     """What an object is; None where there is none."""
     patience = PATIENCE
-    return attempt(f"{url}: asking for its size", lambda: store.head(url, patience), patience)
+    return attempt(f"{url}: asking for its size", lambda: _stat(url, store, patience), patience)
+
+
+def _stat(url: str, store: Store, patience: Patience) -> FileStat | None:
+    """Ask for one byte rather than for the head alone: of a head that was cut inside a number nobody could tell."""
+    try:
+        answer = store.get(url, 0, 1, _UNKNOWN, patience)
+    except FileNotFoundError:
+        return None
+    except BeyondEndError:
+        return store.head(url, patience)
+    with closing(answer):
+        answer.body.wait()
+        return answer.stat

@@ -46,7 +46,7 @@ def loader_of(reader: ShardReader, **settings: int) -> Loader:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
     data = write_dataset(tmp_path_factory.mktemp("data"), ROWS, jpeg=True)
-    return build_index(str(data), str(data), Building(processes=1, checksums=True))
+    return build_index(str(data), str(data), Building(checksums=True))
 
 
 @pytest.fixture(scope="module")

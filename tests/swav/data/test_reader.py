@@ -143,7 +143,7 @@ def remote(
     server.make_bucket(bucket)
     server.upload_folder(bucket, "", data)
     url = f"s3://{bucket}"
-    return build_index(url, url, Building(processes=1, checksums=True))
+    return build_index(url, url, Building(checksums=True))
 
 
 def bucket_of(index: DatasetIndex) -> str:

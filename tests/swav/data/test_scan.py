@@ -70,6 +70,30 @@ def test_checksums_are_those_of_the_members(tmp_path: Path) -> None:
         assert plain[f"{kind}_offset"].tolist() == rows[f"{kind}_offset"].tolist()
 
 
+class _Flaky(CountingFile):
+    """Spoils every read but the last of so many in a row."""
+
+    def __init__(self, path: Path, reads: int) -> None:
+        super().__init__(path)
+        self.reads, self.count = reads, 0
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        data = bytearray(super().read(offset, num_bytes))
+        self.count += 1
+        if self.count % self.reads and data:
+            data[min(100, len(data) - 1)] ^= 4
+        return bytes(data)
+
+
+def test_a_header_that_is_spoilt_on_the_way_is_read_again(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", make_jpeg(i, width=300, height=200)) for i in range(5)])
+    expected, _ = scan(open_file(path))
+    found, _ = scan(_Flaky(path, 2))
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(RuntimeError, match="bad header at byte 0"):
+        scan(_Flaky(path, 10))
+
+
 def test_large_images_are_not_read_for_their_headers(tmp_path: Path) -> None:
     images = [make_jpeg(i, width=400, height=300) for i in range(20)]
     assert min(map(len, images)) > 100_000

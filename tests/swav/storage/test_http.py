@@ -17,13 +17,19 @@ def test_a_file_is_found_and_read(web: WebServer) -> None:
     assert storage.list_tars(web.url) == [web.url]
 
 
-def test_a_server_without_head_is_asked_for_a_byte(web: WebServer) -> None:
+def test_a_server_without_head_does(web: WebServer) -> None:
     web.heads_allowed = False
     assert storage.stat(web.url) == storage.FileStat(1 << 20, 1795449557 * 10**9, "one")
-    web.data = memoryview(b"")
-    assert storage.stat(web.url) == storage.FileStat(0, 0, "")
     web.plans = [web_server.status(404)]
     assert storage.stat(web.url) is None
+
+
+def test_an_empty_file_is_known_as_such(web: WebServer) -> None:
+    web.data = memoryview(b"")
+    found = storage.stat(web.url)
+    assert found is not None
+    assert found.num_bytes == 0
+    assert storage.read(web.url) == b""
 
 
 def test_a_server_without_etags_is_held_to_its_times_and_sizes(web: WebServer, hasty: Patience) -> None:

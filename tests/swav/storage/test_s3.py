@@ -102,6 +102,26 @@ def test_a_listing_that_is_spoiled_is_asked_for_again(
     assert proxy.counts[kind] == 2
 
 
+@pytest.mark.filterwarnings("ignore:tzname GM:")  # half a date, which botocore tries to read
+def test_nothing_in_a_head_that_was_cut_is_believed(
+    bucket: str, s3: S3Server, proxy: FaultProxy, hasty: Patience
+) -> None:
+    data = bytes(range(256)) * 1200
+    s3.put(bucket, "k", data)
+    etag = storage.open_file(f"s3://{bucket}/k").stat.etag
+    for cut in range(0, 400, 5):
+        proxy.plan(Kind.DROP, key="k", at_byte=-cut, times=2)
+        found = storage.stat(f"s3://{bucket}/k")
+        assert found is not None
+        assert found.num_bytes == len(data)
+        proxy.plan(Kind.DROP, key="k", at_byte=-cut)
+        file = storage.open_file(f"s3://{bucket}/k", etag=etag)
+        assert file.read(100, 50) == data[100:150]
+        assert file.num_bytes() == len(data)
+    proxy.settle()
+    assert proxy.counts[Kind.DROP] == 3 * 80
+
+
 def test_large_files_are_written_in_parts(bucket: str, s3: S3Server, proxy: FaultProxy, cache: Path) -> None:
     data = random.Random(1).randbytes(20 << 20)
     with storage.open_atomic(f"s3://{bucket}/large") as file:

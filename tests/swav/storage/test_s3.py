@@ -103,6 +103,7 @@ def test_a_listing_that_is_spoiled_is_asked_for_again(
 
 
 @pytest.mark.filterwarnings("ignore:tzname GM:")  # half a date, which botocore tries to read
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")  # then too
 def test_nothing_in_a_head_that_was_cut_is_believed(
     bucket: str, s3: S3Server, proxy: FaultProxy, hasty: Patience
 ) -> None:

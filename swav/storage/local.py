@@ -32,7 +32,7 @@ def local_path(url: Location) -> Path:
     if parts.scheme != "file":
         raise ValueError(
             f"{check_remote(url) if is_remote(url) else url}: the scheme {parts.scheme}:// is not supported here; give "
-            "a local path or a file:// url"
+            "a path or file://, or, where a store will do, s3:// or http(s):// in small letters"
         )
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"{url}: file://{parts.netloc}/ names a host; write file:///path with three slashes")

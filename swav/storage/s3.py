@@ -14,7 +14,7 @@ from swav.storage.counters import count
 from swav.storage.local import cache_folder
 from swav.storage.s3_errors import translated
 from swav.storage.types import FileStat
-from swav.storage.urls import literal_head, pattern_of, quieten, split_s3
+from swav.storage.urls import literal_head, pattern_of, quieten, redacted, split_s3
 
 _POOL_CONNECTIONS = 64
 _PAGE_KEYS = 1000  # of a listing
@@ -188,8 +188,13 @@ def _make_client(tries: int, connect_seconds: float, answer_seconds: float) -> A
         request_checksum_calculation="when_required",  # stores other than Amazon's refuse its trailing checksums
         response_checksum_validation="when_required",  # the reader has checksums of its own
     )
-    with translated("s3://"):
-        client = boto3.session.Session().client("s3", config=config)
+    try:
+        with translated("s3://"):
+            client = boto3.session.Session().client("s3", config=config)
+    except ValueError as error:
+        if "endpoint" not in str(error):
+            raise
+        raise ValueError(f"{redacted(error)}; write AWS_ENDPOINT_URL as https://host or http://host:port") from None
     client.meta.events.register("before-send.s3", _count_request)
     return client
 

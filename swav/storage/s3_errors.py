@@ -71,6 +71,10 @@ def _of_client(url: str, error: Exception) -> Exception | None:
         return PermissionError(f"{url}: {_NO_CREDENTIALS}")
     if isinstance(error, boto.CredentialRetrievalError | boto.ProfileNotFound | boto.SSOError):
         return PermissionError(f"{url}: the credentials cannot be had: {redacted(error)}")
+    if isinstance(error, boto.ParamValidationError) and "bucket name" in str(error):
+        return ValueError(
+            f"{url}: no bucket can have that name: small letters, digits, dots and dashes, 3 to 63 of them"
+        )
     if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError):
         return ValueError(f"{url}: {redacted(error)}")
     if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):

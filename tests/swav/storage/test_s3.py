@@ -255,7 +255,7 @@ def test_no_credentials_are_an_error_and_public_buckets_need_none(
         (lambda: storage.read("s3://no-such-bucket/a"), ValueError, "no such bucket; check the name"),
         (lambda: storage.list_names("s3://no-such-bucket"), ValueError, "no such bucket"),
         (lambda: storage.write_atomic("s3://no-such-bucket/a", b""), ValueError, "no such bucket"),
-        (lambda: storage.read("s3://bad bucket/a"), ValueError, "Invalid bucket name"),
+        (lambda: storage.read("s3://bad bucket/a"), ValueError, "bad bucket/a: no bucket can have that name"),
         (lambda: storage.read("s3://bucket"), ValueError, "s3://bucket names a bucket; write s3://bucket/key"),
         (lambda: storage.read("s3:///key"), ValueError, "there is no bucket"),
     ],
@@ -265,6 +265,12 @@ def test_what_a_user_wrote_wrong_is_said(
 ) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_an_endpoint_without_a_scheme_is_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"Invalid endpoint: 127\.0\.0\.1:9; write AWS_ENDPOINT_URL as https://host"):
+        storage.read("s3://bucket/key")
 
 
 def test_no_secret_is_in_a_log_or_an_error(

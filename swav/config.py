@@ -6,9 +6,9 @@ Imports without torch, so that recipes and overrides are checked where a job is 
 import difflib
 import json
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 # Of ImageNet's colours, in 0..1; every image is normalised by them.
@@ -92,6 +92,18 @@ class SwavConfig:
     learn_prototypes: bool = True  # Table 9, left
     freeze_prototypes_epochs: int = 1
     queue: QueueConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class SimclrConfig:
+    """SimCLR with multi-crop (appendix A.8)."""
+
+    kind: Literal["simclr"] = "simclr"
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"simclr needs temperature > 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
@@ -182,7 +194,7 @@ class PretrainConfig:
     """One pretraining run."""
 
     name: str
-    method: SwavConfig
+    method: Annotated[SwavConfig | SimclrConfig, Field(discriminator="kind")]
     model: ModelConfig
     data: DataConfig
     crops: tuple[CropConfig, ...]  # the first group holds the crops that get codes
@@ -234,6 +246,8 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
         path, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form key=value, for example optim.epochs=2")
+        if path == "method.kind":
+            raise ValueError(f'{override}: a method comes with its settings; set it whole: method={{"kind": "{text}"}}')
         *parents, last = path.split(".")
         node: Any = tree
         for part in parents:
@@ -305,10 +319,13 @@ def _validate(tree: Any) -> PretrainConfig:
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'run'}={problem['input']!r}: {problem['msg']}"
-            if not isinstance(problem["input"], dict)
-            else f"{'.'.join(map(str, problem['loc'])) or 'run'}: {problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        ]
-        raise ValueError("; ".join(problems)) from None
+        raise ValueError("; ".join(_describe(problem["loc"], problem) for problem in error.errors())) from None
+
+
+def _describe(place: tuple[int | str, ...], problem: Any) -> str:
+    if place[:1] == ("method",) and len(place) > 2:  # after which pydantic names the kind of method
+        place = (place[0], *place[2:])
+    name = ".".join(map(str, place)) or "run"
+    if isinstance(problem["input"], dict):
+        return f"{name}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{name}={problem['input']!r}: {problem['msg']}"

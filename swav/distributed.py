@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,6 +114,28 @@ def gather_rows(local: Tensor, *, dim: int, offset: int, total: int) -> Tensor:
     whole = local.new_zeros(shape)
     whole.narrow(dim, offset, local.shape[dim]).copy_(local.detach())
     return all_reduce_sum(whole)
+
+
+class _GatherRows(torch.autograd.Function):
+    """:func:`gather_rows`; a row's gradient is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, offset: int, total: int) -> Tensor:
+        ctx.place = (dim, offset, local.shape[dim])
+        return gather_rows(local, dim=dim, offset=offset, total=total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_reduce_sum(gradient.clone()).narrow(*ctx.place), None, None, None
+
+
+def gather_rows_with_gradient(local: Tensor, *, dim: int, offset: int, total: int) -> Tensor:
+    """As :func:`gather_rows`, and the ranks' gradients of the whole flow back to the rows' owners, summed.
+
+    Every rank must take the gradient.
+    """
+    whole: Tensor = _GatherRows.apply(local, dim, offset, total)
+    return whole
 
 
 def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swav import storage
-from swav.config import PretrainConfig
+from swav.config import PretrainConfig, SwavConfig
 from swav.distributed import all_reduce_sum, rank, world_size
 from swav.storage import Location, join, local_path, write_atomic
 
@@ -257,11 +257,13 @@ class Report:
             self._log.write(step, **values)
 
     def _divergence(self, step: int, what: str) -> RuntimeError:
-        optim, runtime = self._config.optim, self._config.runtime
+        optim, runtime, method = self._config.optim, self._config.runtime, self._config.method
+        freeze = ""
+        if isinstance(method, SwavConfig):
+            freeze = f"a longer method.freeze_prototypes_epochs (now {method.freeze_prototypes_epochs}), "
         return RuntimeError(
             f"step {step}: {what}. The run stops; its checkpoints are of earlier steps. Try a lower optim.base_lr (now "
-            f"{optim.base_lr}), a longer optim.warmup_epochs (now {optim.warmup_epochs}), a longer "
-            f"method.freeze_prototypes_epochs (now {self._config.method.freeze_prototypes_epochs}), or "
+            f"{optim.base_lr}), a longer optim.warmup_epochs (now {optim.warmup_epochs}), {freeze}or "
             f"runtime.precision=fp32 (now {runtime.precision})"
         )
 

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from swav import rng
-from swav.config import PretrainConfig
+from swav.config import PretrainConfig, SimclrConfig
 from swav.methods.base import Method
+from swav.methods.simclr import SimCLR
 from swav.methods.swav import SwAV
 from swav.models.heads import ProjectionHead
 from swav.models.resnet import ResNet
@@ -29,6 +30,8 @@ def build_method(config: PretrainConfig) -> Method:
             config.model.embedding_dim,
             batch_norm=config.model.head_batch_norm,
         )
+        if isinstance(config.method, SimclrConfig):
+            return SimCLR(backbone, head, config.method, num_assign_crops=config.crops[0].num_crops)
         return SwAV(
             backbone,
             head,

@@ -47,7 +47,7 @@ def small_batch(name: str, epochs: int, views: tuple[CropConfig, ...]) -> Pretra
     run = large_batch(name, epochs, views)
     return replace(
         run,
-        method=replace(run.method, queue=QueueConfig(num_samples=3840, start_epoch=15)),
+        method=SwavConfig(queue=QueueConfig(num_samples=3840, start_epoch=15)),
         optim=OptimConfig(global_batch=256, epochs=epochs, warmup_epochs=0, base_lr=0.6, final_lr=0.0006),
     )
 
@@ -65,7 +65,7 @@ def wide(
     run = large_batch(name, 400, crops(224, 4))
     return replace(
         run,
-        method=replace(run.method, queue=queue),
+        method=SwavConfig(queue=queue),
         model=ModelConfig(width=width, head_hidden=head_hidden, head_batch_norm=head_batch_norm),
         optim=replace(run.optim, global_batch=global_batch),
     )

@@ -1,6 +1,7 @@
 """Overrides, round trips and refusals of a run's configuration."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from swav.config import (
     OptimConfig,
     PretrainConfig,
     QueueConfig,
+    SimclrConfig,
     SinkhornConfig,
     SwavConfig,
     apply_overrides,
@@ -192,3 +194,24 @@ def test_what_may_change_while_a_run_goes_on(run: PretrainConfig) -> None:
     assert differing_keys(run, changed) == []
     changed = apply_overrides(run, ["optim.base_lr=0.5", "runtime.precision=fp16", "data.lanes=3"])
     assert differing_keys(run, changed) == ["data.lanes", "optim.base_lr", "precision"]
+
+
+def test_another_method_is_set_whole(run: PretrainConfig) -> None:
+    other = apply_overrides(run, ['method={"kind": "simclr", "temperature": 0.2}'])
+    assert other.method == SimclrConfig(temperature=0.2)
+    assert from_json(to_json(other)) == other
+    assert "method.kind" in differing_keys(run, other)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.kind=simclr", 'set it whole: method={"kind": "simclr"}'),
+        ('method={"kind": "simcl"}', "expected tags: 'swav', 'simclr'"),
+        ('method={"kind": "simclr", "temperature": 0}', "simclr needs temperature > 0, got 0.0"),
+        ('method={"kind": "simclr", "queue": 1}', "method.queue=1: Unexpected keyword argument"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(run: PretrainConfig, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        apply_overrides(run, [override])

@@ -53,6 +53,22 @@ def swav_loss(scores: Array, codes: Array, temperature: float) -> float:
     return total / len(codes)
 
 
+def simclr_loss(embeddings: Array, temperature: float) -> float:
+    """Appendix A.8, Eq. 1, by loops over anchors, positives and negatives; embeddings [crops, images, dim]."""
+    num_crops, num_images, _ = embeddings.shape
+    crops = [(v, b) for v in range(num_crops) for b in range(num_images)]
+    total = 0.0
+    for v, b in crops:
+        negatives = sum(
+            np.exp(embeddings[v, b] @ embeddings[w, other] / temperature) for w, other in crops if other != b
+        )
+        for w in range(num_crops):
+            if w != v:
+                positive = np.exp(embeddings[v, b] @ embeddings[w, b] / temperature)
+                total -= np.log(positive / (positive + negatives))
+    return float(total / len(crops) / (num_crops - 1))
+
+
 def lars_step(
     weight: Array, gradient: Array, velocity: Array, *, lr: float, momentum: float, decay: float, trust: float
 ) -> tuple[Array, Array]:

@@ -3,14 +3,18 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from swav import recipes
-from swav.config import COLOUR_STD, PretrainConfig, QueueConfig, from_json, to_json
-from swav.recipes import ablations, configure, get_recipe, recipe_names, swav
+from swav.config import COLOUR_STD, PretrainConfig, QueueConfig, SimclrConfig, SwavConfig, from_json, to_json
+from swav.recipes import ablations, configure, get_recipe, recipe_names, simclr, swav
 
-NAME = re.compile(r"swav_r(18|50|50w\d)_(2x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?|swav_abl_400ep(_[a-z0-9_]+)?|demo")
+NAME = re.compile(
+    r"(swav|simclr)_r(18|50|50w\d)_(2x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?|swav_abl_400ep(_[a-z0-9_]+)?|demo"
+)
 
 # name: (global crop, local crops, epochs, batch, peak rate, final rate, warm-up, queue, width, head, head norm)
 PAPER = {
@@ -86,6 +90,7 @@ def test_settings_of_the_main_runs(name: str) -> None:
     assert (optim.start_lr, optim.base_lr, optim.final_lr) == (0.0, peak, final)
     assert (run.model.arch, run.model.width, run.model.stem) == ("resnet50", width, "7x7")
     assert (run.model.head_hidden, run.model.head_batch_norm) == (head, head_norm)
+    assert isinstance(run.method, SwavConfig)
     assert run.method.num_prototypes == 3000
     assert run.method.queue == (QueueConfig(num_samples=queue[0], start_epoch=queue[1]) if queue else None)
 
@@ -96,14 +101,24 @@ def test_settings_of_the_ablations(name: str) -> None:
     assert _crops(run) == [(2, 160, (0.08, 1.0)), (4, 96, (0.05, 0.14))]
     assert (run.optim.epochs, run.optim.global_batch, run.optim.base_lr) == (400, 4096, 4.8)
     method = run.method
+    assert isinstance(method, SwavConfig)
     found = (method.num_prototypes, method.sinkhorn.num_iters, method.codes, method.learn_prototypes)
     assert found == ABLATIONS[name]
     assert method.queue is None
 
 
+@pytest.mark.parametrize("build", simclr.RECIPES)
+def test_simclr_differs_from_swav_in_its_loss_alone(build: Callable[[], PretrainConfig]) -> None:
+    run = build()
+    twin = get_recipe(run.name.replace("simclr", "swav"))
+    assert run.method == SimclrConfig(temperature=0.1)
+    assert replace(run, name=twin.name, method=twin.method) == twin
+
+
 @pytest.mark.parametrize("name", [*PAPER, *ABLATIONS])
 def test_what_all_runs_of_the_paper_share(name: str) -> None:
     run = get_recipe(name)
+    assert isinstance(run.method, SwavConfig)
     assert (run.method.temperature, run.method.sinkhorn.epsilon, run.method.freeze_prototypes_epochs) == (0.1, 0.05, 1)
     assert (run.optim.weight_decay, run.optim.momentum, run.optim.trust_coefficient) == (1e-6, 0.9, 0.001)
     assert run.model.embedding_dim == 128
@@ -112,7 +127,7 @@ def test_what_all_runs_of_the_paper_share(name: str) -> None:
     assert COLOUR_STD == (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize("build", [*swav.RECIPES, *ablations.RECIPES])
+@pytest.mark.parametrize("build", [*swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES])
 def test_recipe_says_where_it_comes_from_and_what_to_expect(build: object) -> None:
     text = build.__doc__ or ""
     assert re.search(r"Table|Fig\.|A\.\d|method comparison", text)

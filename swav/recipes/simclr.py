@@ -1,0 +1,31 @@
+"""SimCLR's runs on ImageNet as the paper compares them with SwAV (appendix A.8, B.1).
+
+Everything but the loss is SwAV's: the same crops, augmentation, batch, optimiser and schedule (appendix A.1).
+"""
+
+from dataclasses import replace
+
+from swav.config import CropConfig, PretrainConfig, SimclrConfig
+from swav.recipes.base import crops, large_batch
+
+
+def _simclr(name: str, epochs: int, views: tuple[CropConfig, ...]) -> PretrainConfig:
+    return replace(large_batch(name, epochs, views), method=SimclrConfig())
+
+
+def simclr_r50_2x224_100ep() -> PretrainConfig:
+    """Table 1. 4 h 00 on 64 V100, 8.6 GB each. The paper states no accuracy for 100 epochs."""
+    return _simclr("simclr_r50_2x224_100ep", 100, crops(224, 0))
+
+
+def simclr_r50_2x224_400ep() -> PretrainConfig:
+    """The method comparison without multi-crop. 16 h on 64 V100 (Table 1). There is no accuracy in the supplement."""
+    return _simclr("simclr_r50_2x224_400ep", 400, crops(224, 0))
+
+
+def simclr_r50_2x160_4x96_400ep() -> PretrainConfig:
+    """The method comparison with multi-crop (A.8). SwAV's cost, about; no accuracy in the supplement."""
+    return _simclr("simclr_r50_2x160_4x96_400ep", 400, crops(160, 4))
+
+
+RECIPES = (simclr_r50_2x224_100ep, simclr_r50_2x224_400ep, simclr_r50_2x160_4x96_400ep)

@@ -107,6 +107,23 @@ class SimclrConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class Mocov2Config:
+    """MoCo-v2, with its authors' settings for 256 images per step."""
+
+    kind: Literal["mocov2"] = "mocov2"
+    temperature: float = 0.2
+    momentum: float = 0.999  # of the key's encoder
+    queue_samples: int = 65_536
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 <= self.momentum <= 1 or self.queue_samples < 1:
+            raise ValueError(
+                "mocov2 needs temperature > 0, momentum from 0 to 1 and queue_samples >= 1, got "
+                f"{self.temperature}, {self.momentum} and {self.queue_samples}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
 class DataConfig:
     """Where the images are and in which order they come."""
 
@@ -118,8 +135,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
 class OptimConfig:
-    """LARS and its schedule (appendix A.1)."""
+    """The optimiser and its schedule (appendix A.1)."""
 
+    optimizer: Literal["lars", "sgd"] = "lars"  # sgd: momentum and decay alone, as MoCo-v2 is trained
     global_batch: int = 4096  # images per step over all ranks
     epochs: int
     warmup_epochs: float = 10
@@ -194,7 +212,7 @@ class PretrainConfig:
     """One pretraining run."""
 
     name: str
-    method: Annotated[SwavConfig | SimclrConfig, Field(discriminator="kind")]
+    method: Annotated[SwavConfig | SimclrConfig | Mocov2Config, Field(discriminator="kind")]
     model: ModelConfig
     data: DataConfig
     crops: tuple[CropConfig, ...]  # the first group holds the crops that get codes
@@ -207,6 +225,10 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.crops or self.crops[0].num_crops < 2:
             raise ValueError("crops: the first group holds the crops that predict each other, and needs at least 2")
+        if isinstance(self.method, Mocov2Config) and (len(self.crops) > 1 or self.crops[0].num_crops != 2):
+            raise ValueError(
+                "crops: MoCo-v2 takes one group of two crops, a query and a key; set crops=[{...}] with num_crops 2"
+            )
 
     @property
     def num_lanes(self) -> int:

@@ -188,7 +188,11 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
             **_NO_BUFFER_SYNC,
         )
     optimizer = LARS(
-        parameter_groups(method, exclude_bias_and_norm=config.optim.exclude_bias_and_norm),
+        parameter_groups(
+            method,
+            exclude_bias_and_norm=config.optim.exclude_bias_and_norm,
+            adapt=config.optim.optimizer == "lars",
+        ),
         lr=config.optim.start_lr,
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,

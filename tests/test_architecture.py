@@ -18,6 +18,7 @@ TESTED_ELSEWHERE = {
     "swav/methods/base.py": "swav/methods/test_swav.py",
     "swav/recipes/ablations.py": "swav/recipes/test_recipes.py",
     "swav/recipes/base.py": "swav/recipes/test_recipes.py",
+    "swav/recipes/mocov2.py": "swav/recipes/test_recipes.py",
     "swav/recipes/simclr.py": "swav/recipes/test_recipes.py",
     "swav/recipes/small.py": "swav/recipes/test_recipes.py",
     "swav/recipes/swav.py": "swav/recipes/test_recipes.py",

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from swav import rng
-from swav.config import PretrainConfig, SimclrConfig
+from swav.config import Mocov2Config, PretrainConfig, SimclrConfig
 from swav.methods.base import Method
+from swav.methods.mocov2 import MoCoV2
 from swav.methods.simclr import SimCLR
 from swav.methods.swav import SwAV
 from swav.models.heads import ProjectionHead
@@ -30,6 +31,8 @@ def build_method(config: PretrainConfig) -> Method:
             config.model.embedding_dim,
             batch_norm=config.model.head_batch_norm,
         )
+        if isinstance(config.method, Mocov2Config):
+            return MoCoV2(backbone, head, config.method, dim=config.model.embedding_dim)
         if isinstance(config.method, SimclrConfig):
             return SimCLR(backbone, head, config.method, num_assign_crops=config.crops[0].num_crops)
         return SwAV(

@@ -100,6 +100,7 @@ def _replace(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
         synced = CpuSyncBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum)
         synced.process_group = group
         synced.load_state_dict(module.state_dict())
+        synced.weight, synced.bias = module.weight, module.bias  # the very parameters: trained, or not
         return synced
     for name, child in module.named_children():
         setattr(module, name, _replace(child, group))

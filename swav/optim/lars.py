@@ -84,18 +84,19 @@ def _adapt(params: list[Tensor], gradients: list[Tensor], decay: float, coeffici
     return updates
 
 
-def parameter_groups(module: nn.Module, *, exclude_bias_and_norm: bool) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, *, exclude_bias_and_norm: bool, adapt: bool = True) -> list[dict[str, Any]]:
     """The module's parameters as LARS groups.
 
     Args:
         module: whose trainable parameters are taken.
         exclude_bias_and_norm: put tensors of at most one dimension (biases, batch norm) into a group without
             adaptation and decay. The paper excludes nothing.
+        adapt: scale gradients to the size of the weights; without, this is SGD with momentum.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     if not exclude_bias_and_norm:
-        return [{"params": params}]
+        return [{"params": params, "adapt": adapt}]
     return [
-        {"params": [p for p in params if p.ndim > 1]},
+        {"params": [p for p in params if p.ndim > 1], "adapt": adapt},
         {"params": [p for p in params if p.ndim <= 1], "adapt": False, "weight_decay": 0.0},
     ]

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from swav.config import PretrainConfig, apply_overrides
-from swav.recipes import ablations, simclr, small, swav
+from swav.recipes import ablations, mocov2, simclr, small, swav
 
-_RECIPES = {build.__name__: build for build in (*small.RECIPES, *swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES)}
+_RECIPES = {
+    build.__name__: build
+    for build in (*small.RECIPES, *swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES, *mocov2.RECIPES)
+}
 
 
 def recipe_names() -> list[str]:

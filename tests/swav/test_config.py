@@ -207,7 +207,7 @@ def test_another_method_is_set_whole(run: PretrainConfig) -> None:
     ("override", "message"),
     [
         ("method.kind=simclr", 'set it whole: method={"kind": "simclr"}'),
-        ('method={"kind": "simcl"}', "expected tags: 'swav', 'simclr'"),
+        ('method={"kind": "simcl"}', "expected tags: 'swav', 'simclr', 'mocov2'"),
         ('method={"kind": "simclr", "temperature": 0}', "simclr needs temperature > 0, got 0.0"),
         ('method={"kind": "simclr", "queue": 1}', "method.queue=1: Unexpected keyword argument"),
     ],

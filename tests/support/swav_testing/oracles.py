@@ -69,6 +69,13 @@ def simclr_loss(embeddings: Array, temperature: float) -> float:
     return float(total / len(crops) / (num_crops - 1))
 
 
+def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> float:
+    """MoCo's loss of one query, by a loop over the negatives."""
+    positive = np.exp(query @ key / temperature)
+    total = positive + sum(np.exp(query @ negative / temperature) for negative in negatives)
+    return float(-np.log(positive / total))
+
+
 def lars_step(
     weight: Array, gradient: Array, velocity: Array, *, lr: float, momentum: float, decay: float, trust: float
 ) -> tuple[Array, Array]:

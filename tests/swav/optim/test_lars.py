@@ -89,3 +89,22 @@ def test_restored_optimizer_continues_bitwise() -> None:
 def test_closures_are_refused() -> None:
     with pytest.raises(ValueError, match="closure"):
         LARS(random_parameters(), **SETTINGS).step(lambda: 0.0)
+
+
+def test_without_adaptation_it_is_sgd() -> None:
+    ours, theirs = random_parameters(), random_parameters()
+    module = nn.Module()
+    for number, p in enumerate(ours):
+        module.register_parameter(f"p{number}", p)
+    groups = parameter_groups(module, exclude_bias_and_norm=False, adapt=False)
+    optimizers = (
+        LARS(groups, lr=0.03, momentum=0.9, weight_decay=1e-4),
+        torch.optim.SGD(theirs, lr=0.03, momentum=0.9, weight_decay=1e-4),
+    )
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.full_like(a, 0.1 * step) + a.detach()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

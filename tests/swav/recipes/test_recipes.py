@@ -9,11 +9,20 @@ from dataclasses import replace
 import pytest
 
 from swav import recipes
-from swav.config import COLOUR_STD, PretrainConfig, QueueConfig, SimclrConfig, SwavConfig, from_json, to_json
-from swav.recipes import ablations, configure, get_recipe, recipe_names, simclr, swav
+from swav.config import (
+    COLOUR_STD,
+    Mocov2Config,
+    PretrainConfig,
+    QueueConfig,
+    SimclrConfig,
+    SwavConfig,
+    from_json,
+    to_json,
+)
+from swav.recipes import ablations, configure, get_recipe, mocov2, recipe_names, simclr, swav
 
 NAME = re.compile(
-    r"(swav|simclr)_r(18|50|50w\d)_(2x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?|swav_abl_400ep(_[a-z0-9_]+)?|demo"
+    r"(swav|simclr|mocov2)_r(18|50|50w\d)_(2x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?|swav_abl_400ep(_[a-z0-9_]+)?|demo"
 )
 
 # name: (global crop, local crops, epochs, batch, peak rate, final rate, warm-up, queue, width, head, head norm)
@@ -115,6 +124,18 @@ def test_simclr_differs_from_swav_in_its_loss_alone(build: Callable[[], Pretrain
     assert replace(run, name=twin.name, method=twin.method) == twin
 
 
+@pytest.mark.parametrize("epochs", [200, 800])
+def test_settings_of_mocov2(epochs: int) -> None:
+    run = get_recipe(f"mocov2_r50_2x224_{epochs}ep_bs256")
+    assert run.method == Mocov2Config(temperature=0.2, momentum=0.999, queue_samples=65536)
+    assert _crops(run) == [(2, 224, (0.2, 1.0))]
+    optim = run.optim
+    assert (optim.optimizer, optim.global_batch, optim.epochs, optim.warmup_epochs) == ("sgd", 256, epochs, 0)
+    assert (optim.base_lr, optim.final_lr, optim.weight_decay, optim.momentum) == (0.03, 0.0, 1e-4, 0.9)
+    assert (run.model.head_hidden, run.model.head_batch_norm, run.model.embedding_dim) == (2048, False, 128)
+    assert run.augment.jitter_strength == 0.5  # brightness, contrast, saturation 0.4 and hue 0.1
+
+
 @pytest.mark.parametrize("name", [*PAPER, *ABLATIONS])
 def test_what_all_runs_of_the_paper_share(name: str) -> None:
     run = get_recipe(name)
@@ -127,7 +148,7 @@ def test_what_all_runs_of_the_paper_share(name: str) -> None:
     assert COLOUR_STD == (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize("build", [*swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES])
+@pytest.mark.parametrize("build", [*swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES, *mocov2.RECIPES])
 def test_recipe_says_where_it_comes_from_and_what_to_expect(build: object) -> None:
     text = build.__doc__ or ""
     assert re.search(r"Table|Fig\.|A\.\d|method comparison", text)

@@ -96,7 +96,9 @@ def test_ranks_share_what_was_fetched(proxy: FaultProxy, tmp_path: Path) -> None
     status, _, err = finish(command_line("swav.pretrain", *words, cache=tmp_path / "cache", ranks=2))
     assert status == 0, err
     fetched = Counter(
-        (answered.request.key, answered.request.range) for answered in proxy.log if answered.request.is_object
+        (answered.request.key, answered.request.range)
+        for answered in proxy.log
+        if answered.request.is_object and answered.request.range != "bytes=0-0"  # by which each rank asks for a size
     )
     assert {key for key, _ in fetched if key.endswith(".tar")} == {
         f"data/shard-{number:06d}.tar" for number in range(NUM_SHARDS)

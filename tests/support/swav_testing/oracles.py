@@ -76,6 +76,18 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
     return float(-np.log(positive / total))
 
 
+def spherical_kmeans(features: Array, centroids: Array, num_iters: int) -> tuple[Array, Any]:
+    """Appendix D.2, Eq. 5, by brute force; centroids, and the labels that the last ones were made from."""
+    labels = None
+    for _ in range(num_iters):
+        labels = np.array([max(range(len(centroids)), key=lambda k: row @ centroids[k]) for row in features])
+        sums = [
+            features[labels == k].sum(axis=0) if (labels == k).any() else centroids[k] for k in range(len(centroids))
+        ]
+        centroids = np.array([total / np.linalg.norm(total) for total in sums])
+    return centroids, labels
+
+
 def lars_step(
     weight: Array, gradient: Array, velocity: Array, *, lr: float, momentum: float, decay: float, trust: float
 ) -> tuple[Array, Array]:

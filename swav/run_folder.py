@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from swav.distributed import rank
 from swav.storage import Location, is_remote, local_path
@@ -59,7 +59,7 @@ def _open_locked(place: Path, output: Location, wait_seconds: float) -> BinaryIO
             continue
         with file:
             file.seek(0)
-            holder = json.loads(file.read() or "{}")
+            holder = _holder(file.read())
         limit = wait_seconds if launch == holder.get("launch") else min(wait_seconds, _FOR_ANOTHER_LAUNCH_SECONDS)
         if launch is None or time.monotonic() - since > limit:
             raise RuntimeError(
@@ -71,6 +71,15 @@ def _open_locked(place: Path, output: Location, wait_seconds: float) -> BinaryIO
     file.write(json.dumps({"launch": launch, "process": os.getpid(), "host": socket.gethostname()}).encode())
     file.flush()
     return file
+
+
+def _holder(text: bytes) -> dict[str, Any]:
+    """Who holds the lock; nothing where that is being written at this moment."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return {}
+    return found
 
 
 def _is_removed(file: BinaryIO, place: Path) -> bool:

@@ -58,6 +58,10 @@ def _linear(scores_ABK: Tensor, highest_A: Tensor, epsilon: float, num_iters: in
     sample_scale_AB1 = matrix_ABK.new_ones(*matrix_ABK.shape[:2], 1)
     for _ in range(num_iters):
         prototype_scale_AK1 = all_reduce_sum(matrix_ABK.mT @ sample_scale_AB1).reciprocal_()
+        # One factor for all prototypes cancels in the codes, but it grows as (samples / prototypes) ** iterations. A
+        # power of two is taken out without rounding.
+        _, exponent_A11 = torch.frexp(prototype_scale_AK1.amax(dim=1, keepdim=True))
+        prototype_scale_AK1 = torch.ldexp(prototype_scale_AK1, -exponent_A11)
         sample_scale_AB1 = (matrix_ABK @ prototype_scale_AK1).reciprocal_()
     return matrix_ABK.mul_(prototype_scale_AK1.mT).mul_(sample_scale_AB1)
 

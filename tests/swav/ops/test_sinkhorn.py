@@ -36,6 +36,13 @@ def test_codes_equal_the_pseudo_code_on_scores_that_fill_the_whole_range(epsilon
     assert np.abs(codes.double().numpy() - oracle_codes(scores, epsilon, 3)).max() <= 1e-6
 
 
+@pytest.mark.parametrize(("batch", "num_prototypes"), [(600, 4), (4, 600)])
+def test_many_iterations_neither_overflow_nor_vanish(batch: int, num_prototypes: int) -> None:
+    scores = unit_scores(2, batch, num_prototypes, seed=3)
+    codes = sinkhorn(scores, epsilon=0.05, num_iters=100)  # (samples / prototypes) ** 100 is beyond any float
+    assert np.abs(codes.double().numpy() - oracle_codes(scores, 0.05, 100)).max() <= 2e-6
+
+
 def codes_of_my_share(scores: torch.Tensor, epsilon: float, num_iters: int) -> torch.Tensor:
     first, last = share(scores.shape[1], rank(), world_size())
     return sinkhorn(scores[:, first:last], epsilon=epsilon, num_iters=num_iters)

@@ -58,7 +58,7 @@ def test_what_may_go_well_next_time_is_a_fault_without_secrets(error: Exception)
         (_answer(418, "Teapot"), OSError, "answered 418 Teapot"),
         (boto.NoCredentialsError(), PermissionError, "AWS_ACCESS_KEY_ID.*SWAV_S3_UNSIGNED=1"),
         (boto.ProfileNotFound(profile="mine"), PermissionError, "mine"),
-        (boto.ParamValidationError(report="Invalid bucket name"), ValueError, "Invalid bucket name"),
+        (boto.ParamValidationError(report="Invalid bucket name"), ValueError, "no bucket can have that name"),
         (
             boto.SSLError(endpoint_url="https://host", error="CERTIFICATE_VERIFY_FAILED"),
             ConnectionError,

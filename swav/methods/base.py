@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
 from swav.data.batch import CropBatch
+from swav.distributed import all_reduce_sum, world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,22 @@ class MethodOutput:
     loss: Tensor  # scalar; its gradient, averaged over ranks, is that of the mean over the global batch
     embeddings: Tensor  # float32 [assign crops, B, dim], detached, of unit norm
     metrics: dict[str, Tensor]  # scalars of the global batch, detached, equal on every rank
+
+    @classmethod
+    def of_losses(cls, losses_B: Tensor, embeddings: Tensor, batch: CropBatch) -> Self:
+        """The mean over the global batch of a loss per sample.
+
+        Args:
+            losses_B: float [B], of this rank's samples.
+            embeddings: as the output has them.
+            batch: this rank's.
+        """
+        share_of_mean = losses_B.sum() / batch.global_size
+        return cls(
+            loss=share_of_mean * world_size(),  # the mean over ranks is then the mean over the global batch
+            embeddings=embeddings,
+            metrics={"loss": all_reduce_sum(share_of_mean.detach().clone())},
+        )
 
 
 class Method(nn.Module, ABC):

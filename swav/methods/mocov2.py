@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from swav.config import Mocov2Config
 from swav.data.batch import CropBatch
-from swav.distributed import all_reduce_sum, gather_rows, world_size
+from swav.distributed import gather_rows
 from swav.methods.base import Method, MethodOutput
 from swav.models.multicrop import MultiCropModel
 from swav.ops.queue import FeatureQueue
@@ -82,9 +82,4 @@ class MoCoV2(Method):
             negatives = self.queue.embeddings[0].clone()  # the queue moves on before the gradient is taken
             losses_B = info_nce(queries_BD, keys_BD, negatives, temperature=self.config.temperature)
         self.queue.push(gather_rows(keys_BD[None], dim=1, offset=batch.global_offset, total=batch.global_size))
-        share_of_mean = losses_B.sum() / batch.global_size
-        return MethodOutput(
-            loss=share_of_mean * world_size(),  # the mean over ranks is then the mean over the global batch
-            embeddings=torch.stack([queries_BD.detach(), keys_BD]),
-            metrics={"loss": all_reduce_sum(share_of_mean.detach().clone())},
-        )
+        return MethodOutput.of_losses(losses_B, torch.stack([queries_BD.detach(), keys_BD]), batch)

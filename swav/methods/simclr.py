@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swav.config import SimclrConfig
 from swav.data.batch import CropBatch
-from swav.distributed import all_reduce_sum, gather_rows_with_gradient, world_size
+from swav.distributed import gather_rows_with_gradient
 from swav.methods.base import Method, MethodOutput
 from swav.models.multicrop import MultiCropModel
 
@@ -89,9 +89,4 @@ class SimCLR(Method):
             losses_B = contrastive_loss(
                 own_VBD, all_VND, offset=batch.global_offset, temperature=self.config.temperature
             )
-        share_of_mean = losses_B.sum() / batch.global_size
-        return MethodOutput(
-            loss=share_of_mean * world_size(),  # the mean over ranks is then the mean over the global batch
-            embeddings=own_VBD[: self.num_assign_crops].detach(),
-            metrics={"loss": all_reduce_sum(share_of_mean.detach().clone())},
-        )
+        return MethodOutput.of_losses(losses_B, own_VBD[: self.num_assign_crops].detach(), batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swav.config import SwavConfig
 from swav.data.batch import CropBatch
-from swav.distributed import all_reduce_sum, gather_rows, rank, share, world_size
+from swav.distributed import gather_rows, rank, share, world_size
 from swav.methods.base import Method, MethodOutput
 from swav.models.heads import Prototypes
 from swav.models.multicrop import MultiCropModel
@@ -88,12 +88,7 @@ class SwAV(Method):
         assign_embeddings = embeddings.detach().unflatten(0, (-1, num_samples))[: self.num_assign_crops]
         codes_ABK = self._codes(scores_VBK[: self.num_assign_crops].detach(), assign_embeddings, batch)
         losses_B = swapped_prediction_loss(scores_VBK, codes_ABK, temperature=self.config.temperature)
-        share_of_mean = losses_B.sum() / batch.global_size
-        return MethodOutput(
-            loss=share_of_mean * world_size(),  # the mean over ranks is then the mean over the global batch
-            embeddings=assign_embeddings,
-            metrics={"loss": all_reduce_sum(share_of_mean.detach().clone())},
-        )
+        return MethodOutput.of_losses(losses_B, assign_embeddings, batch)
 
     @torch.no_grad()
     def _codes(self, scores_ABK: Tensor, embeddings: Tensor, batch: CropBatch) -> Tensor:

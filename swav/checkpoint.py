@@ -147,8 +147,8 @@ def latest_step(folder: Location) -> int | None:
 
 def load(folder: Location, step: int) -> dict[str, Any]:
     """Read one checkpoint into host memory."""
-    data = io.BytesIO(storage.read(join(folder, f"step-{step:09d}.pt")))
-    state: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
+    file = storage.readable(join(folder, f"step-{step:09d}.pt"))
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 

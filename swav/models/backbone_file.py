@@ -9,7 +9,7 @@ from torch import nn
 
 from swav.config import ModelConfig
 from swav.models.resnet import ResNet
-from swav.storage import Location, read, stat, write_atomic
+from swav.storage import Location, readable, stat, write_atomic
 
 FORMAT = "swav.backbone/1"
 
@@ -41,7 +41,7 @@ def load_backbone(path: Location) -> BackboneFile:
     if stat(path) is None:
         raise ValueError(f"{path}: there is no such file; a run writes its backbone to <output>/backbone.pt")
     try:
-        saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
+        saved = torch.load(readable(path), map_location="cpu", weights_only=True)
         found = saved["format"]
     except (LookupError, TypeError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a backbone that swav wrote ({_first_line(error)})") from error

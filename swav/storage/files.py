@@ -2,7 +2,8 @@
 
 import os
 from contextlib import AbstractContextManager
-from fnmatch import fnmatchcase
+from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from swav.storage import http, local, remote, s3
@@ -76,6 +77,15 @@ def read(url: Location) -> bytes:
     return file.read(0, file.num_bytes())
 
 
+def readable(url: Location) -> Path | BytesIO:
+    """What a library that reads files can be given: the path of a local file, a remote one's bytes in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return BytesIO(read(url)) if is_remote(url) else local.local_path(url)
+
+
 def list_names(folder: Location, pattern: str = "*") -> list[str]:
     """The names of the files directly in a folder, sorted; empty where there is no folder.
 
@@ -86,10 +96,7 @@ def list_names(folder: Location, pattern: str = "*") -> list[str]:
         if _store(folder) is http:
             _no_list(folder)
         return s3.list_names(os.fspath(folder), pattern)
-    path = local.local_path(folder)
-    if not path.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(path) if fnmatchcase(entry.name, pattern) and entry.is_file())
+    return local.list_names(folder, pattern)
 
 
 def has_pattern(url: Location) -> bool:

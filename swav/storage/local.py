@@ -56,8 +56,16 @@ def list_tars(url: Location) -> list[str]:
     folder, pattern = (path.parent, path.name) if not path.exists() and has_marks(str(path)) else (path, "*.tar")
     if not folder.is_dir():
         raise ValueError(f"{url}: there is no such file or folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if fnmatchcase(entry.name, pattern) and entry.is_file())
+    names = list_names(folder, pattern)
     return [str(folder / name) for name in names if name.endswith(".tar") and not name.startswith(".")]
+
+
+def list_names(folder: Location, pattern: str) -> list[str]:
+    """The names of the files directly in a folder, sorted; empty where there is no folder."""
+    path = local_path(folder)
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if fnmatchcase(entry.name, pattern) and entry.is_file())
 
 
 def stat(url: Location) -> FileStat | None:

@@ -4,6 +4,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def test_an_object_is_written_found_read_and_removed(bucket: str, s3: S3Server) 
     assert found is not None
     assert (found.num_bytes, found.mtime_ns > 10**18, '"' in found.etag) == (10, True, False)
     assert storage.read(url) == b"0123456789"
+    file = storage.readable(url)
+    assert isinstance(file, BytesIO)
+    assert file.getvalue() == b"0123456789"
     assert storage.open_file(url).read(2, 3) == b"234"
     storage.remove(url)
     storage.remove(url)

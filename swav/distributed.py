@@ -29,11 +29,6 @@ def cores_of_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def share(total: int, of_rank: int, of_world: int) -> tuple[int, int]:
-    """The half-open range of ``total`` things that one rank owns; ranges tile the whole, uneven where they must be."""
-    return total * of_rank // of_world, total * (of_rank + 1) // of_world
-
-
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Join the group that torchrun describes in the environment; without torchrun, do nothing.

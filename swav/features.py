@@ -15,8 +15,9 @@ from swav.config import COLOUR_MEAN, COLOUR_STD, EvaluateConfig, RuntimeConfig
 from swav.data.decode import BrokenImageError, decode_image
 from swav.data.index import DatasetIndex
 from swav.data.reader import ChecksumError, ShardReader
-from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, share, world_size
+from swav.distributed import all_reduce_max, all_reduce_sum, gather_rows, rank, world_size
 from swav.ops.knn import knn_predict
+from swav.partition import share
 from swav.watchdog import progress
 
 _BATCH = 256

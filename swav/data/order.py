@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from swav import rng
 from swav.data import feistel
+from swav.partition import share
 
 Ids = NDArray[np.int64]
 
@@ -126,8 +127,8 @@ class EpochOrder:
         self.check_world(world_size)
         size = self.batch_size(step)
         if step >= self._lane_steps:
-            return _share(size, rank, world_size)
-        first, end = _share(self._lanes, rank, world_size)
+            return share(size, rank, world_size)
+        first, end = share(self._lanes, rank, world_size)
         return first * (size // self._lanes), end * (size // self._lanes)
 
     def check_world(self, world_size: int) -> None:
@@ -282,8 +283,3 @@ def substitutes(row_offsets: Ids, sample_id: int) -> Iterator[int]:
             skipped, offset = (1, sample_id + 1 - start) if shard == own else (0, 0)
             for row in range(first, min(first + _SUBSTITUTES_PER_SHARD, rows - skipped)):
                 yield start + (offset + row) % rows
-
-
-def _share(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """As swav.distributed.share, which needs torch."""
-    return total * rank // world_size, total * (rank + 1) // world_size

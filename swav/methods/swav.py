@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from swav.config import SwavConfig
 from swav.data.batch import CropBatch
-from swav.distributed import gather_rows, rank, share, world_size
+from swav.distributed import gather_rows, rank, world_size
 from swav.methods.base import Method, MethodOutput
 from swav.models.heads import Prototypes
 from swav.models.multicrop import MultiCropModel
 from swav.ops.queue import FeatureQueue
 from swav.ops.sinkhorn import harden, sinkhorn
+from swav.partition import share
 
 
 def swapped_prediction_loss(scores_VBK: Tensor, codes_ABK: Tensor, *, temperature: float) -> Tensor:

@@ -1,6 +1,5 @@
 import os
 import time
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,20 +18,8 @@ from swav.distributed import (
     pick_device,
     process_group,
     rank,
-    share,
     world_size,
 )
-
-
-@pytest.mark.parametrize("total", [0, 1, 7, 512])
-@pytest.mark.parametrize("world", [1, 2, 3, 8, 56])
-def test_shares_tile_the_whole_and_differ_by_one_at_most(total: int, world: int) -> None:
-    shares = [share(total, number, world) for number in range(world)]
-    assert shares[0][0] == 0
-    assert shares[-1][1] == total
-    assert all(before[1] == after[0] for before, after in pairwise(shares))
-    sizes = {end - first for first, end in shares}
-    assert max(sizes) - min(sizes) <= 1
 
 
 def collectives() -> dict[str, Any]:

@@ -5,9 +5,10 @@ from swav_testing import oracles
 from swav_testing.ranks import run_ranks
 from torch import Tensor
 
-from swav.distributed import all_reduce_sum, rank, share, world_size
+from swav.distributed import all_reduce_sum, rank, world_size
 from swav.ops.equipartition import equal_labels, next_log_scales, prototype_sums
 from swav.ops.sinkhorn import sinkhorn
+from swav.partition import share
 
 SAMPLES, PROTOTYPES, BLOCK = 90, 6, 16
 

@@ -5,8 +5,9 @@ from swav_testing import oracles
 from swav_testing.ranks import run_ranks
 from torch import Tensor
 
-from swav.distributed import rank, share, world_size
+from swav.distributed import rank, world_size
 from swav.ops.kmeans import ClusterSums, nearest_centroids
+from swav.partition import share
 
 ROWS, DIM, CLUSTERS, BLOCK = 700, 16, 12, 64
 

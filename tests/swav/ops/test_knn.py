@@ -4,8 +4,9 @@ from swav_testing import oracles
 from swav_testing.ranks import run_ranks
 from torch import Tensor
 
-from swav.distributed import rank, share, world_size
+from swav.distributed import rank, world_size
 from swav.ops.knn import knn_predict
+from swav.partition import share
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,9 @@ import torch
 from swav_testing import oracles
 from swav_testing.ranks import run_ranks
 
-from swav.distributed import rank, share, world_size
+from swav.distributed import rank, world_size
 from swav.ops.sinkhorn import harden, sinkhorn
+from swav.partition import share
 
 
 def unit_scores(num_crops: int, batch: int, num_prototypes: int, *, seed: int, dim: int = 16) -> torch.Tensor:

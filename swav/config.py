@@ -124,10 +124,70 @@ class Mocov2Config:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class DeepClusterV2Config:
+    """DeepCluster-v2 (appendix D): predict the clusters of the last epoch's features."""
+
+    kind: Literal["deepclusterv2"] = "deepclusterv2"
+    num_prototypes: int = 3000  # of each set: clusters of one k-means
+    num_sets: int = 3
+    temperature: float = 0.1
+    num_iters: int = 10  # of k-means
+    stale_epochs: Literal[0, 1] = 0  # 1, not the paper's: train on the labels before last while new ones are made
+
+    def __post_init__(self) -> None:
+        _check_offline(self.kind, self.num_prototypes, self.num_sets, self.num_iters, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class SelaV2Config:
+    """SeLa-v2 (appendix D): predict an equal partition of the last epoch's features, and learn its prototypes."""
+
+    kind: Literal["selav2"] = "selav2"
+    num_prototypes: int = 3000  # of each set
+    num_sets: int = 3
+    temperature: float = 0.1
+    epsilon: float = 0.05  # temperature / lambda: SeLa's own lambda of 25 is 0.004
+    tolerance: float = 0.01  # of the partition: the largest deviation of a prototype's share, relative to it
+    num_iters: int = 1000  # of Sinkhorn-Knopp, at most
+    freeze_prototypes_epochs: int = 1
+    stale_epochs: Literal[0, 1] = 0  # as DeepCluster-v2's
+
+    def __post_init__(self) -> None:
+        _check_offline(self.kind, self.num_prototypes, self.num_sets, self.num_iters, self.temperature)
+        if self.epsilon < 0.001 or self.tolerance <= 0:
+            raise ValueError(
+                f"selav2 needs epsilon >= 0.001 and tolerance > 0, got {self.epsilon} and {self.tolerance}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+class SupervisedConfig:
+    """Cross-entropy with the true labels: the baseline that has them."""
+
+    kind: Literal["supervised"] = "supervised"
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(f"supervised needs num_classes >= 2, got {self.num_classes}")
+
+
+def _check_offline(kind: str, num_prototypes: int, num_sets: int, num_iters: int, temperature: float) -> None:
+    if min(num_prototypes, num_sets, num_iters) < 1 or temperature <= 0:
+        raise ValueError(
+            f"{kind} needs num_prototypes, num_sets and num_iters >= 1 and temperature > 0, got {num_prototypes}, "
+            f"{num_sets}, {num_iters} and {temperature}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
 class DataConfig:
     """Where the images are and in which order they come."""
 
     url: str  # a folder of images, a folder of webdataset tars, or "demo"
+    # Images that count as an epoch wherever a setting is in epochs, for data that are never seen to their end; rounded
+    # down to whole batches. None: an epoch is a pass over all images.
+    epoch_images: int | None = None
     lanes: int = 512  # upper limit; the largest divisor of the global batch below it is used
     window_chunks: int = 16
     max_quarantined_fraction: float = 0.001  # above this share of broken images, and above 10 of them, the run stops
@@ -139,7 +199,7 @@ class OptimConfig:
 
     optimizer: Literal["lars", "sgd"] = "lars"  # sgd: momentum and decay alone, as MoCo-v2 is trained
     global_batch: int = 4096  # images per step over all ranks
-    epochs: int
+    epochs: int  # 0: the untrained backbone, "random" in the tables
     warmup_epochs: float = 10
     start_lr: float = 0.0
     base_lr: float = 4.8
@@ -150,9 +210,10 @@ class OptimConfig:
     exclude_bias_and_norm: bool = False  # from adaptation and decay; the paper excludes nothing
 
     def __post_init__(self) -> None:
-        if self.global_batch < 1 or self.epochs < 1:
+        if self.global_batch < 1 or self.epochs < 0:
             raise ValueError(
-                f"optim.global_batch and optim.epochs must be at least 1, got {self.global_batch} and {self.epochs}"
+                "optim.global_batch must be at least 1 and optim.epochs at least 0, got "
+                f"{self.global_batch} and {self.epochs}"
             )
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(
@@ -201,6 +262,9 @@ class RuntimeConfig:
     fetch_bytes: int = 8_000_000  # of neighbouring samples, aimed at in one request to an object store
     cache_bytes: int = 0  # disk for what comes from an object store, shared by a host's ranks; 0: half of what is free
     collective_timeout_seconds: float = 120.0  # after which a peer that is silent counts as lost
+    labels_timeout_seconds: float = (
+        3600.0  # for an assigner to make an epoch's labels; the run then ends, and can go on
+    )
     stalled_after_seconds: float = 600.0  # without a step; the rank then ends and shows where every thread stood
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2
@@ -212,7 +276,10 @@ class PretrainConfig:
     """One pretraining run."""
 
     name: str
-    method: Annotated[SwavConfig | SimclrConfig | Mocov2Config, Field(discriminator="kind")]
+    method: Annotated[
+        SwavConfig | SimclrConfig | Mocov2Config | DeepClusterV2Config | SelaV2Config | SupervisedConfig,
+        Field(discriminator="kind"),
+    ]
     model: ModelConfig
     data: DataConfig
     crops: tuple[CropConfig, ...]  # the first group holds the crops that get codes
@@ -223,12 +290,24 @@ class PretrainConfig:
     seed: int = 31
 
     def __post_init__(self) -> None:
-        if not self.crops or self.crops[0].num_crops < 2:
+        predict_each_other = isinstance(self.method, SwavConfig | SimclrConfig | Mocov2Config)
+        if not self.crops or (predict_each_other and self.crops[0].num_crops < 2):
             raise ValueError("crops: the first group holds the crops that predict each other, and needs at least 2")
         if isinstance(self.method, Mocov2Config) and (len(self.crops) > 1 or self.crops[0].num_crops != 2):
             raise ValueError(
                 "crops: MoCo-v2 takes one group of two crops, a query and a key; set crops=[{...}] with num_crops 2"
             )
+
+        wanted = self.data.epoch_images
+        if wanted is not None and wanted < self.optim.global_batch:
+            raise ValueError(
+                f"data.epoch_images={wanted} is less than one batch, optim.global_batch={self.optim.global_batch}"
+            )
+
+    @property
+    def offline(self) -> DeepClusterV2Config | SelaV2Config | None:
+        """The method, if its labels are made by an assigner between the epochs."""
+        return self.method if isinstance(self.method, DeepClusterV2Config | SelaV2Config) else None
 
     @property
     def num_lanes(self) -> int:
@@ -289,7 +368,9 @@ def differing_keys(one: PretrainConfig, other: PretrainConfig) -> list[str]:
     trees = [_ADAPTER.dump_python(config, mode="json") for config in (one, other)]
     for tree in trees:
         tree["precision"] = tree.pop("runtime")["precision"]
-        tree["data"] = {key: value for key, value in tree["data"].items() if key in ("lanes", "window_chunks")}
+        tree["data"] = {
+            key: value for key, value in tree["data"].items() if key in ("epoch_images", "lanes", "window_chunks")
+        }
         tree.pop("name")
         tree.pop("evaluate")
     flat_one, flat_other = (dict(_flatten(tree)) for tree in trees)

@@ -85,7 +85,7 @@ def _is_before(line: bytes, resume_step: int) -> bool:
         return False
     try:
         values = json.loads(line)
-        step, at_end = values["step"], values.get("event") in ("epoch", "storage", "knn")
+        step, at_end = values["step"], values.get("event") in ("epoch", "storage", "knn", "labels")
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(step < resume_step or (step == resume_step and not at_end))
@@ -107,7 +107,6 @@ class Report:
             steps_per_epoch: steps per epoch.
         """
         self._config = config
-        self._num_samples = num_samples
         self._log = MetricsLog(join(output, "metrics.jsonl"), resume_step=step) if rank() == 0 else None
         epochs_done, rest = divmod(step, steps_per_epoch)
         self._bar = tqdm(
@@ -203,28 +202,33 @@ class Report:
             if not math.isfinite(float(loss)):
                 raise self._divergence(step - 1, f"the loss is {float(loss)}")
 
-    def epoch(self, step: int, epoch: int, counts: Tensor) -> None:
+    def labels(self, step: int, epoch: int, facts: dict[str, Any]) -> None:
+        """Write what an assigner says of an epoch's labels."""
+        self._write(step, event="labels", epoch=epoch, **facts)
+
+    def epoch(self, step: int, epoch: int, counts: Tensor, *, num_images: int) -> None:
         """Close an epoch's books.
 
         Args:
             step: of the whole run.
             epoch: the one that ended.
             counts: int64 [2], images of all ranks that were delivered, and that were replaced because they are broken.
+            num_images: that the epoch has.
 
         Raises:
             RuntimeError: too many images are broken, or they do not add up to the data set.
         """
         delivered, quarantined = (int(count) for count in counts)
         self._write(step, event="epoch", epoch=epoch, images=delivered, quarantined=quarantined)
-        if delivered + quarantined != self._num_samples:
+        if delivered + quarantined != num_images:
             raise RuntimeError(
-                f"epoch {epoch} delivered {delivered} images and quarantined {quarantined}, but the data set has "
-                f"{self._num_samples}; this is a defect of swav, please report it with the run's metrics.jsonl"
+                f"epoch {epoch} delivered {delivered} images and quarantined {quarantined}, but it has "
+                f"{num_images}; this is a defect of swav, please report it with the run's metrics.jsonl"
             )
-        budget = quarantine_budget(self._num_samples, self._config.data.max_quarantined_fraction)
+        budget = quarantine_budget(num_images, self._config.data.max_quarantined_fraction)
         if quarantined > budget:
             raise RuntimeError(
-                f"{quarantined} of {self._num_samples} images are broken, more than the {budget} that "
+                f"{quarantined} of {num_images} images are broken, more than the {budget} that "
                 "data.max_quarantined_fraction admits; mend the data (the run's quarantine folder names each image), "
                 "or raise the fraction"
             )

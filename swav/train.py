@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from swav import checkpoint, storage
 from swav.checkpoint import CheckpointWriter
-from swav.config import PretrainConfig, differing_keys, from_json, to_json
+from swav.config import PretrainConfig, SupervisedConfig, differing_keys, from_json, to_json
 from swav.data.augment import Augment
 from swav.data.batch import CropBatch
+from swav.data.epochs import epoch_order
 from swav.data.index import DatasetIndex
 from swav.data.loader import Loader, Quarantined
-from swav.data.order import EpochOrder, substitutes
+from swav.data.order import substitutes
 from swav.data.reader import ShardReader
 from swav.distributed import (
     all_reduce_max,
@@ -33,8 +34,10 @@ from swav.distributed import (
     world_size,
 )
 from swav.features import Evaluation, evaluate_backbone
+from swav.labelling import HandOver, TrueLabels, Unlabelled
 from swav.methods import build_method
-from swav.methods.base import Method, MethodOutput
+from swav.methods.base import Method, MethodOutput, autocast
+from swav.methods.offline import Offline
 from swav.metrics import Report, quarantine_budget
 from swav.models.batchnorm import synchronize
 from swav.optim.lars import LARS, parameter_groups
@@ -43,7 +46,6 @@ from swav.program import Stopped
 from swav.storage import Location, join, write_atomic
 from swav.watchdog import progress
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Do not copy rank 0's buffers before each forward pass: batch norm and queue are equal on every rank by construction.
 _DDP_SETTINGS = inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {  # torch 2.14 has renamed it
@@ -88,9 +90,9 @@ def train(
         Stopped: SIGTERM or SIGINT arrived; the state is saved.
         RuntimeError: the loss is no longer finite, too many images are broken, or checkpoints cannot be written.
     """
-    steps_per_epoch = epoch_order(config, index, 0).num_steps
+    first_epoch = epoch_order(config, index, 0)
+    steps_per_epoch = first_epoch.num_steps
     num_steps = steps_per_epoch * config.optim.epochs
-    warmup_steps = round(steps_per_epoch * config.optim.warmup_epochs)
     state = build_state(config, device)
     restore(state, index, join(output, "checkpoints"))
     if rank() == 0:
@@ -100,38 +102,51 @@ def train(
         loader = stack.enter_context(open_loader(config, index, output, device))
         stop = stack.enter_context(stop_on_signals())
         report = stack.enter_context(
-            Report(config, output, num_samples=index.num_samples, step=state.step, steps_per_epoch=steps_per_epoch)
+            Report(
+                config, output, num_samples=first_epoch.num_samples, step=state.step, steps_per_epoch=steps_per_epoch
+            )
         )
         writer = stack.enter_context(
             CheckpointWriter(join(output, "checkpoints"), keep=config.runtime.keep_checkpoints, enabled=rank() == 0)
         )
+        labelling = stack.enter_context(
+            open_labelling(config, index, output, state, loader, augment, stop=stop, report=report)
+        )
         # A checkpoint at an epoch's end is older than its books: the rest of that epoch is empty, and they are closed.
         for epoch in range(max(state.step - 1, 0) // steps_per_epoch, config.optim.epochs):
-            with report.timed(loader.epoch(epoch, state.step - epoch * steps_per_epoch)) as batches:
+            start_step = state.step - epoch * steps_per_epoch
+            labels = labelling.begin(epoch, start_step)
+            with report.timed(loader.epoch(epoch, start_step, labels)) as batches:
                 for raw in batches:
-                    lr = warmup_cosine(
-                        state.step,
-                        num_steps=num_steps,
-                        warmup_steps=warmup_steps,
-                        start_lr=config.optim.start_lr,
-                        base_lr=config.optim.base_lr,
-                        final_lr=config.optim.final_lr,
-                    )
+                    lr = learning_rate(config, state.step, steps_per_epoch)
                     with report.explained_divergence(state.step):
                         result = train_step(state, augment(raw), lr=lr, precision=config.runtime.precision)
+                    labelling.take(raw, result.embeddings)
                     state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
                     report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
                     stopping = any_rank(stop.is_set)
                     progress(state.step)
-                    if stopping or state.step % config.runtime.checkpoint_every_steps == 0 or state.step == num_steps:
+                    if (
+                        stopping
+                        or state.step % config.runtime.checkpoint_every_steps == 0
+                        or state.step == num_steps
+                        or (labelling.saves_epochs and raw.step == steps_per_epoch - 1)
+                    ):
                         report.check_finite()
                         report.publish()
+                        labelling.flush()
                         writer.save(state.step, snapshot(state, config, index))
                     if stopping:
                         writer.wait()
                         barrier()  # a launcher that sees one rank end may kill the one that writes
                         raise Stopped(f"stopped on request after step {state.step} of {num_steps}; its state is saved")
-            report.epoch(state.step, epoch, all_reduce_sum(state.counts.clone()))
+            labelling.end()
+            report.epoch(
+                state.step,
+                epoch,
+                all_reduce_sum(state.counts.clone()),
+                num_images=epoch_order(config, index, epoch).num_samples,
+            )
             report.storage_use(state.step, epoch)
             state.counts.zero_()
             if evaluation and evaluation.config.every_epochs and (epoch + 1) % evaluation.config.every_epochs == 0:
@@ -141,6 +156,18 @@ def train(
             barrier()
             raise Stopped(f"stopped on request after the last step, {num_steps}; its state is saved")
     return state.method
+
+
+def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Of a step of the run (appendix A.1)."""
+    return warmup_cosine(
+        step,
+        num_steps=steps_per_epoch * config.optim.epochs,
+        warmup_steps=round(steps_per_epoch * config.optim.warmup_epochs),
+        start_lr=config.optim.start_lr,
+        base_lr=config.optim.base_lr,
+        final_lr=config.optim.final_lr,
+    )
 
 
 def evaluate(
@@ -157,7 +184,7 @@ def train_step(state: TrainState, batch: CropBatch, *, lr: float, precision: str
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.method.before_step()
-    with torch.autocast(batch.crops[0].device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+    with autocast(batch, precision):
         output: MethodOutput = state.model(batch)
     state.scaler.scale(output.loss).backward()
     for parameter in state.method.frozen_parameters(batch.epoch):
@@ -202,17 +229,32 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
     return TrainState(method=method, model=model, optimizer=optimizer, scaler=scaler)
 
 
-def epoch_order(config: PretrainConfig, index: DatasetIndex, epoch: int) -> EpochOrder:
-    """In which order the epoch's images come."""
-    return EpochOrder(
-        index.rows_per_shard,
-        chunk_rows=index.chunk_rows,
-        seed=config.seed,
-        epoch=epoch,
-        global_batch=config.optim.global_batch,
-        num_lanes=config.num_lanes,
-        window_chunks=config.data.window_chunks,
-    )
+def open_labelling(
+    config: PretrainConfig,
+    index: DatasetIndex,
+    output: Location,
+    state: TrainState,
+    loader: Loader,
+    augment: Augment,
+    *,
+    stop: "StopFlag",
+    report: Report,
+) -> Unlabelled:
+    """Where the method's labels come from."""
+    if isinstance(state.method, Offline):
+        return HandOver(
+            config,
+            index,
+            output,
+            state.method,
+            loader=loader,
+            augment=augment,
+            is_stopping=lambda: stop.is_set,
+            on_labels=lambda epoch, facts: report.labels(state.step, epoch, facts),
+        )
+    if isinstance(config.method, SupervisedConfig):
+        return TrueLabels(index, config)
+    return Unlabelled()
 
 
 @contextlib.contextmanager
@@ -237,7 +279,9 @@ def open_loader(
             rank=rank(),
             world_size=world_size(),
             pin_memory=device.type == "cuda",
-            max_quarantined=quarantine_budget(index.num_samples, config.data.max_quarantined_fraction),
+            max_quarantined=quarantine_budget(
+                epoch_order(config, index, 0).num_samples, config.data.max_quarantined_fraction
+            ),
             on_quarantine=record,
         )
 

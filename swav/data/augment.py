@@ -77,7 +77,16 @@ class Augment:
             plan = self._plan(raw, range(first_crop, first_crop + len(group)), group.shape[-1])
             crops.append(self._apply(pixels, plan))
             first_crop += len(group)
-        return CropBatch(crops=crops, epoch=raw.epoch, global_offset=raw.global_offset, global_size=raw.global_size)
+        labels = None
+        if raw.labels is not None:
+            labels = torch.from_numpy(raw.labels).to(self.device, non_blocking=True)
+        return CropBatch(
+            crops=crops,
+            epoch=raw.epoch,
+            global_offset=raw.global_offset,
+            global_size=raw.global_size,
+            labels=labels,
+        )
 
     def _plan(self, raw: RawBatch, crop_numbers: range, size_px: int) -> _Plan:
         keys = [rng.key(self.seed, "augment", raw.epoch, crop) for crop in crop_numbers]

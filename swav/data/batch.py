@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+NO_LABEL = -100  # what torch's cross-entropy ignores
+
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
@@ -21,6 +23,7 @@ class RawBatch:
     step: int  # of the epoch
     global_offset: int  # where this share starts in the global batch
     global_size: int  # samples in the global batch
+    labels: NDArray[np.int64] | None = None  # [B, sets], NO_LABEL where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +34,4 @@ class CropBatch:
     epoch: int
     global_offset: int
     global_size: int
+    labels: Tensor | None = None  # int64 [B, sets]

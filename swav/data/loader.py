@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swav.config import CropConfig
-from swav.data.batch import RawBatch
+from swav.data.batch import NO_LABEL, RawBatch
 from swav.data.decode import BrokenImageError, decode_image
 from swav.data.multicrop import crop_boxes, crop_draws, cut_crops
 from swav.data.reader import ChecksumError
 
 _MAX_SAMPLES_PER_TASK = 16  # handing over a task costs as much as cutting one or two small crops
+
+# Sample ids, int64 [n], to labels, int64 [n, sets], with NO_LABEL where there is none; called from several threads.
+LabelSource = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 _logger = logging.getLogger(__name__)
 
@@ -123,6 +126,15 @@ class _Pending:
 
     batch: RawBatch
     tasks: list[Future[list[Quarantined]]]
+    labels: Future[NDArray[np.int64]] | None
+
+    def labelled(self) -> RawBatch:
+        """The batch with its labels; an image in the place of a broken one has none."""
+        if self.labels is None:
+            return self.batch
+        labels = self.labels.result().copy()
+        labels[self.batch.substituted] = NO_LABEL
+        return replace(self.batch, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,7 @@ class Loader:
                 f"{self.prefetch_batches}, {self.read_ahead_batches}, rank {self.rank} of {self.world_size}"
             )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0, labels: LabelSource | None = None) -> Generator[RawBatch]:
         """Stream an epoch from a step on; the batches equal those of an uninterrupted epoch.
 
         A sample that is broken, or whose bytes do not have their checksum, is reported once, and its place goes to the
@@ -177,9 +189,11 @@ class Loader:
         order = self.order_of_epoch(epoch)
         if not 0 <= start_step <= order.num_steps:
             raise ValueError(f"cannot start at step {start_step} of an epoch of {order.num_steps} steps")
-        return self._batches(order, epoch, start_step)
+        return self._batches(order, epoch, start_step, labels)
 
-    def _batches(self, order: SampleOrder, epoch: int, start_step: int) -> Generator[RawBatch]:
+    def _batches(
+        self, order: SampleOrder, epoch: int, start_step: int, labels: LabelSource | None
+    ) -> Generator[RawBatch]:
         quarantined: dict[int, Quarantined] = {}
         ahead = _ReadAhead(self.reader, self._shares(order, start_step), self.read_ahead_batches)
         stop = threading.Event()
@@ -188,13 +202,14 @@ class Loader:
         try:
             while True:
                 while len(pending) <= self.prefetch_batches and (share := ahead.take()) is not None:
-                    pending.append(self._start(pool, stop, order, epoch, share))
+                    label = pool.submit(labels, share.ids) if labels is not None else None
+                    pending.append(_Pending(*self._start(pool, stop, order, epoch, share), label))
                 if not pending:
                     return
                 first = pending.popleft()
                 for task in first.tasks:
                     self._take(task, quarantined)
-                yield first.batch
+                yield first.labelled()
                 del first  # before the next ones are allocated
         finally:
             stop.set()
@@ -207,7 +222,7 @@ class Loader:
 
     def _start(
         self, pool: ThreadPoolExecutor, stop: threading.Event, order: SampleOrder, epoch: int, share: _Share
-    ) -> _Pending:
+    ) -> tuple[RawBatch, list[Future[list[Quarantined]]]]:
         num = len(share.ids)
         batch = RawBatch(
             crops=[self._allocate(group, num) for group in self.crops],
@@ -221,7 +236,7 @@ class Loader:
         draws = crop_draws(self.seed, epoch, share.ids, self.crops)
         size = max(min(_MAX_SAMPLES_PER_TASK, -(-num // (4 * self.num_threads))), 1)
         tasks = [pool.submit(self._fill, batch, draws, range(num)[at : at + size], stop) for at in range(0, num, size)]
-        return _Pending(batch, tasks)
+        return batch, tasks
 
     def _allocate(self, group: CropConfig, num: int) -> Tensor:
         shape = (group.num_crops, num, group.size_px, group.size_px, 3)

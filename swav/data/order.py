@@ -118,6 +118,24 @@ class EpochOrder:
         lanes, rows = np.divmod(places, self._batch // self._lanes)
         return self._ids(lanes, rows + step * (self._batch // self._lanes)), first
 
+    def lane_batches(self, lane: int, first_step: int, end_step: int) -> Ids:
+        """What the rank of one lane gets in some steps, in a world that has a rank for every lane.
+
+        Returns:
+            Sample ids, int64 [n], in the order of the steps.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
+        rows = self._batch // self._lanes
+        numbers = np.arange(first_step * rows, min(end_step, self._lane_steps) * rows)
+        parts = [self._ids(np.full_like(numbers, lane), numbers)]
+        parts += [
+            self._tail_rows(step, np.arange(*self._lane_range(step, lane, lane + 1)))
+            for step in range(max(first_step, self._lane_steps), end_step)
+        ]
+        return np.concatenate(parts)
+
     def rank_range(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
         """Where one rank's part of the global batch starts and ends in it.
 
@@ -125,29 +143,36 @@ class EpochOrder:
             ValueError: as for :meth:`rank_batch`.
         """
         self.check_world(world_size)
-        size = self.batch_size(step)
-        if step >= self._lane_steps:
-            return share(size, rank, world_size)
-        first, end = share(self._lanes, rank, world_size)
-        return first * (size // self._lanes), end * (size // self._lanes)
+        return self._lane_range(step, *share(self._lanes, rank, world_size))
 
     def check_world(self, world_size: int) -> None:
         """Refuse a world that this order cannot feed.
 
         Raises:
-            ValueError: there are more ranks than lanes, or than samples in the smallest batch.
+            ValueError: there are more ranks than lanes, or one has no sample in the smallest batch.
         """
         if world_size > self._lanes:
             raise ValueError(
                 f"{world_size} ranks are more than {self._lanes} lanes; raise data.lanes (a divisor of the global "
                 f"batch {self._batch} is used) or use at most {self._lanes} ranks"
             )
-        smallest = self.batch_size(self.num_steps - 1)
-        if world_size > smallest:
+        if not self._feeds(world_size):
+            most = next(ranks for ranks in range(world_size - 1, 0, -1) if self._feeds(ranks))
             raise ValueError(
-                f"the smallest batch of the epoch has {smallest} samples ({self.num_samples} samples in batches of "
-                f"{self._batch}), fewer than {world_size} ranks; use at most {smallest} ranks"
+                f"the smallest batch of the epoch has {self.batch_size(self.num_steps - 1)} samples "
+                f"({self.num_samples} samples in batches of {self._batch}), too few for {world_size} ranks; use at "
+                f"most {most} ranks"
             )
+
+    def _feeds(self, world_size: int) -> bool:
+        """Whether every rank has a sample in every batch."""
+        first_lanes = np.arange(world_size + 1) * self._lanes // world_size
+        return bool(np.diff(self.batch_size(self.num_steps - 1) * first_lanes // self._lanes).all())
+
+    def _lane_range(self, step: int, first_lane: int, end_lane: int) -> tuple[int, int]:
+        """The places in a batch that belong to some lanes: to each an equal share, to one sample."""
+        size = self.batch_size(step)
+        return size * first_lane // self._lanes, size * end_lane // self._lanes
 
     def _find_short_chunks(self, rows: Ids) -> None:
         """Find in which lane, and where in it, the chunks with fewer rows than the others stand."""

@@ -5,10 +5,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from swav.data.batch import CropBatch
 from swav.distributed import all_reduce_sum, world_size
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(batch: CropBatch, precision: str) -> torch.autocast:
+    """Torch's automatic mixed precision for a batch; none for ``fp32``."""
+    return torch.autocast(batch.crops[0].device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
 
 
 @dataclass(frozen=True, slots=True)

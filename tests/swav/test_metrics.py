@@ -114,19 +114,19 @@ def test_books_that_do_not_balance_are_a_defect(report: Report, counts: list[int
     with pytest.raises(
         RuntimeError, match=f"delivered {counts[0]} images and quarantined {counts[1]}.*has 103.*report"
     ):
-        report.epoch(5, 0, torch.tensor(counts))
+        report.epoch(5, 0, torch.tensor(counts), num_images=NUM_SAMPLES)
 
 
 def test_an_epochs_books_are_written(report: Report, tmp_path: Path) -> None:
-    report.epoch(5, 0, torch.tensor([100, 3]))
+    report.epoch(5, 0, torch.tensor([100, 3]), num_images=NUM_SAMPLES)
     books = {"step": 5, "event": "epoch", "epoch": 0, "images": 100, "quarantined": 3}
     assert lines(tmp_path / "metrics.jsonl")[-1] == books
 
 
 def test_too_many_broken_images_stop_the_run(report: Report) -> None:
-    report.epoch(5, 0, torch.tensor([93, 10]))
+    report.epoch(5, 0, torch.tensor([93, 10]), num_images=NUM_SAMPLES)
     with pytest.raises(RuntimeError, match=r"11 of 103 images are broken, more than the 10 that data.max_quarantined"):
-        report.epoch(5, 0, torch.tensor([92, 11]))
+        report.epoch(5, 0, torch.tensor([92, 11]), num_images=NUM_SAMPLES)
 
 
 @pytest.mark.parametrize(("num_samples", "fraction", "budget"), [(100, 0.001, 10), (10**6, 0.001, 1000), (5, 0.0, 10)])

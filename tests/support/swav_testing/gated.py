@@ -19,7 +19,7 @@ import torch
 import swav.train
 from swav.data.augment import Augment
 from swav.data.batch import CropBatch, RawBatch
-from swav.data.loader import Loader
+from swav.data.loader import LabelSource, Loader
 from swav.methods import build_method
 from swav.methods.base import Method
 from swav.models.batchnorm import synchronize
@@ -55,11 +55,11 @@ class NotedStopFlag(StopFlag):
 class GatedLoader(Loader):
     """Waits before each step until it is allowed, and notes the ids that it delivers."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
+    def epoch(self, epoch: int, start_step: int = 0, labels: LabelSource | None = None) -> Generator[RawBatch]:
         gate = Path(os.environ["GATE"])
         (gate / "ids").mkdir(exist_ok=True)
         with (gate / "ids" / f"{os.getpid()}.jsonl").open("ab", buffering=0) as file:
-            for batch in super().epoch(epoch, start_step):
+            for batch in super().epoch(epoch, start_step, labels):
                 step = epoch * int(os.environ["STEPS_PER_EPOCH"]) + batch.step + 1
                 while step > allowed(gate):
                     if NotedStopFlag.current is not None and NotedStopFlag.current.is_set:

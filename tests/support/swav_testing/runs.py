@@ -23,6 +23,7 @@ from swav_testing.shards import write_tar
 from swav.config import PretrainConfig
 from swav.data import loader as loader_module
 from swav.data.batch import RawBatch
+from swav.data.loader import LabelSource
 from swav.pretrain import main, pretrain
 from swav.program import Stopped
 from swav.recipes import configure
@@ -248,8 +249,8 @@ class RecordingLoader(loader_module.Loader):
     delivered: list[tuple[int, int, int, list[int]]]
     stop_before: int | None
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[RawBatch]:
-        for batch in super().epoch(epoch, start_step):
+    def epoch(self, epoch: int, start_step: int = 0, labels: LabelSource | None = None) -> Generator[RawBatch]:
+        for batch in super().epoch(epoch, start_step, labels):
             self.delivered.append((epoch, batch.step, batch.global_offset, batch.ids.tolist()))
             if self.stop_before is not None and epoch * STEPS_PER_EPOCH + batch.step + 1 == self.stop_before:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -195,7 +195,7 @@ def test_more_ranks_than_lanes_are_refused() -> None:
 
 
 def test_a_batch_smaller_than_the_world_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"smallest batch of the epoch has 10 samples .*fewer than 11 ranks"):
+    with pytest.raises(ValueError, match=r"smallest batch .* has 10 samples .*too few for 11 ranks; use at most 8"):
         _order([10], batch=64, lanes=16).rank_batch(0, 0, 11)
     with pytest.raises(ValueError, match="smallest batch of the epoch has 32 samples"):
         _order([65], batch=64, lanes=64).check_world(33)

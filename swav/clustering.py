@@ -26,7 +26,7 @@ from swav.bank.reader import BankReader, with_features
 from swav.config import DeepClusterV2Config, SelaV2Config
 from swav.data import feistel
 from swav.distributed import all_reduce_max, all_reduce_sum, rank
-from swav.ops.equipartition import equal_labels, next_log_scales, prototype_sums
+from swav.ops.equipartition import SUM_UNIT, equal_labels, next_log_scales, prototype_sums
 from swav.ops.kmeans import ClusterSums, nearest_centroids
 from swav.watchdog import progress
 
@@ -164,8 +164,8 @@ def cluster(work: Workshop, config: DeepClusterV2Config, *, seed: int, epoch: in
 def partition(work: Workshop, config: SelaV2Config) -> Solution:
     """SeLa-v2's labels: Sinkhorn-Knopp over the whole data set until all prototypes have their share (Eq. 6).
 
-    Samples' own sums are exact in every pass; what converges is the largest deviation of a prototype's sum from its
-    share.
+    A sample's own sum is 1 in every pass, but for rounding; what converges is the largest deviation of a prototype's
+    sum from its share.
 
     Args:
         work: features and device.
@@ -175,7 +175,7 @@ def partition(work: Workshop, config: SelaV2Config) -> Solution:
     state = work.load_state()
     done, saved = state if state is not None else (0, np.zeros(prototypes_HKD.shape[:2]))
     log_scales_HK = torch.from_numpy(saved)
-    errors: list[float] = []
+    errors, sample_errors = [0.0], [0.0]
     for iteration in range(done + 1, config.num_iters + 2):
 
         def body(segments: Iterable[int], log_scales_HK: Tensor = log_scales_HK) -> tuple[Tensor, int]:
@@ -195,9 +195,13 @@ def partition(work: Workshop, config: SelaV2Config) -> Solution:
         sums_HK = all_reduce_sum(torch.stack([part for part, _ in parts]).sum(dim=0))
         num_samples = int(all_reduce_sum(torch.tensor(sum(count for _, count in parts))))
         _check_enough(num_samples, config.num_prototypes)
+        sample_errors = (sums_HK.sum(dim=1).double() / (SUM_UNIT * num_samples) - 1).abs().tolist()
         updates = [next_log_scales(log_scales_HK[n], sums_HK[n], num_samples) for n in range(config.num_sets)]
         errors = [error for _, error in updates]
-        _logger.info("Sinkhorn pass %d: samples' sums exact, prototypes' within %.3g", iteration, max(errors))
+        _logger.info(
+            "Sinkhorn pass %d: samples' sums within %.2g of 1 (mean), prototypes' within %.3g of their share",
+            *(iteration, max(sample_errors), max(errors)),
+        )
         if max(errors) <= config.tolerance or iteration > config.num_iters:
             break
         log_scales_HK = torch.stack([scales for scales, _ in updates])
@@ -208,7 +212,10 @@ def partition(work: Workshop, config: SelaV2Config) -> Solution:
             "labels are used all the same (raise method.num_iters, or method.epsilon)",
             *(config.num_iters, max(errors), config.tolerance),
         )
-    facts = [{"iterations": iteration - 1, "prototype_error": error, "sample_error": 0.0} for error in errors]
+    facts = [
+        {"iterations": iteration - 1, "prototype_error": error, "sample_error": sample_error}
+        for error, sample_error in zip(errors, sample_errors, strict=True)
+    ]
     return Solution(prototypes_HKD, log_scales_HK.to(work.device), config.epsilon, facts)
 
 

@@ -146,7 +146,7 @@ class SelaV2Config:
     num_prototypes: int = 3000  # of each set
     num_sets: int = 3
     temperature: float = 0.1
-    epsilon: float = 0.05  # temperature / lambda: SeLa's own lambda of 25 is 0.004
+    epsilon: float = 0.004  # temperature / lambda, with SeLa's own lambda of 25; labels are the largest entries
     tolerance: float = 0.01  # of the partition: the largest deviation of a prototype's share, relative to it
     num_iters: int = 1000  # of Sinkhorn-Knopp, at most
     freeze_prototypes_epochs: int = 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # A sample adds 1 in all, so that the sums of 2^30 samples fit 64 bits; a block's part is rounded to 2^-32.
-_UNIT = 2.0**32
+SUM_UNIT = 2.0**32
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def prototype_sums(scores_BK: Tensor, log_scales_K: Tensor, *, epsilon: float) -
     """
     logits = scores_BK / epsilon + log_scales_K.to(scores_BK.dtype)
     assigned = torch.softmax(logits, dim=1).sum(dim=0, dtype=torch.float64)
-    return (assigned * _UNIT).round_().long()
+    return (assigned * SUM_UNIT).round_().long()
 
 
 @torch.no_grad()
@@ -48,9 +48,9 @@ def next_log_scales(log_scales_K: Tensor, sums_K: Tensor, num_samples: int) -> t
         deviation of a prototype's sum from N / K. The samples' own sums are exact.
     """
     share = num_samples / len(sums_K)
-    sums = sums_K.double() / _UNIT
+    sums = sums_K.double() / SUM_UNIT
     error = float((sums / share - 1).abs().max())
-    scales = log_scales_K + math.log(share) - sums.clamp_min(1 / _UNIT).log()  # one that nobody chose comes near
+    scales = log_scales_K + math.log(share) - sums.clamp_min(1 / SUM_UNIT).log()  # one that nobody chose comes near
     return scales - scales.mean(), error
 
 

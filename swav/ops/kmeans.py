@@ -7,9 +7,11 @@ Shapes: B rows of a block, K clusters, D dimensions.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -18,12 +20,19 @@ from swav.distributed import all_reduce_sum
 # float16 numbers up to 1 are multiples of 2^-24, so their sums over 2^39 rows are exact in 64 bits.
 _UNIT = 2.0**24
 
+_CPU_ROWS = 256  # rows whose scores are made at once: more would leave the cache
+_DEVICE_ROWS = 8192
+_SUM_ROWS = 1024  # rows that are widened to float64 at once
+_CANDIDATE_COST = 100  # the time for the inner product of a candidate, in those of a matrix product
+
+Found = tuple[NDArray[np.int64], NDArray[np.float32]]  # labels and inner products of some rows
+
 
 def nearest_centroids(features_BD: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
     """The centroid of the largest inner product, the first one among equals.
 
-    A row's result can depend on the block that it is in, by the last bit of a sum: whoever wants the same labels from
-    any number of workers cuts the rows into the same blocks.
+    A row's result can depend on its place in the block that it is in, by the last bit of a sum: whoever wants the same
+    labels from any number of workers cuts the rows into the same blocks.
 
     Args:
         features_BD: floating point [B, D].
@@ -32,13 +41,105 @@ def nearest_centroids(features_BD: Tensor, centroids_KD: Tensor) -> tuple[Tensor
     Returns:
         Labels, int64 [B], and the inner products, float32 [B].
     """
-    features = features_BD.float()
-    if features.device.type == "cpu":  # NumPy's matrix product runs at 1.5 times the speed of torch's on many CPUs
-        scores = features.numpy() @ centroids_KD.numpy().T
-        labels = torch.from_numpy(scores.argmax(axis=1))
-        return labels, torch.from_numpy(scores).gather(1, labels[:, None])[:, 0]
-    similarities, labels = (features @ centroids_KD.mT).max(dim=1)
+    if features_BD.device.type != "cpu":
+        best = [(rows.float() @ centroids_KD.mT).max(dim=1) for rows in features_BD.split(_DEVICE_ROWS)]
+        return torch.cat([indices for _, indices in best]), torch.cat([values for values, _ in best])
+    labels = torch.empty(len(features_BD), dtype=torch.int64)
+    similarities = torch.empty(len(features_BD))
+    centroids_DK = centroids_KD.mT.contiguous().numpy()
+    coarse = _CoarseCentroids.of(centroids_KD) if _coarse_scores_are_fast(len(centroids_KD)) else None
+    for start in range(0, len(features_BD), _CPU_ROWS):
+        rows = slice(start, start + _CPU_ROWS)
+        rows_RD = features_BD[rows].float()
+        found = None if coarse is None else coarse.nearest(rows_RD)
+        if found is None:
+            coarse = None  # the block's other rows are likely to be as close to many centroids
+            found = _nearest_of_all(rows_RD, centroids_DK)
+        labels.numpy()[rows], similarities.numpy()[rows] = found
     return labels, similarities
+
+
+def _nearest_of_all(rows_RD: Tensor, centroids_DK: NDArray[np.float32]) -> Found:
+    """All inner products; NumPy's product and argmax are faster than torch's on many CPUs."""
+    scores_RK = rows_RD.numpy() @ centroids_DK
+    labels: NDArray[np.int64] = scores_RK.argmax(axis=1)
+    return labels, scores_RK[np.arange(len(labels)), labels]
+
+
+def _coarse_scores_are_fast(num_clusters: int) -> bool:
+    """Whether this CPU has 8 bit dot products, without which torch's can be slow or saturate, and they are worth it."""
+    return num_clusters >= 2 * _CANDIDATE_COST and torch.cpu._is_vnni_supported()
+
+
+@dataclass(frozen=True, slots=True)
+class _CoarseCentroids:
+    """Centroids in 8 bits: they tell, at a quarter of the price, which centroids can be the nearest.
+
+    The scores of a row x and a centroid c, and of their roundings x' and c', differ by (x - x')c + x'(c - c'), which is
+    at most |x - x'| |c| + |x'| |c - c'|. So a centroid whose coarse score is below the largest one by more than twice
+    this is not the nearest. The others, a few of thousands, are compared by their inner products in float32.
+    """
+
+    exact_KD: Tensor  # float32 [K, D]
+    coarse_DK: Tensor  # int8 [D, K], in units of `scale`
+    scale: Tensor  # float32 [1, 1]
+    norm: Tensor  # float32 [], the largest
+    error: Tensor  # float32 [], the largest norm of what rounding took away
+
+    @classmethod
+    def of(cls, centroids_KD: Tensor) -> Self:
+        """Round centroids, float32 [K, D]; all by one scale, so that the scores of a row compare as integers."""
+        coarse_KD, scale = _round_to_8_bits(centroids_KD, centroids_KD.abs().max().view(1, 1))
+        return cls(
+            exact_KD=centroids_KD,
+            coarse_DK=coarse_KD.to(torch.int8).mT.contiguous(),
+            scale=scale,
+            norm=centroids_KD.norm(dim=1).max(),
+            error=(centroids_KD - coarse_KD * scale).norm(dim=1).max(),
+        )
+
+    def nearest(self, rows_RD: Tensor) -> Found | None:
+        """As `nearest_centroids`; None where so many centroids are about as near that this is no way to find them.
+
+        Args:
+            rows_RD: float32 [R, D].
+        """
+        largest_R1 = rows_RD.abs().amax(dim=1, keepdim=True)
+        coarse_RD, scale_R1 = _round_to_8_bits(rows_RD, largest_R1)
+        rounded_RD = coarse_RD * scale_R1
+        error_R = (rows_RD - rounded_RD).norm(dim=1) * self.norm + rounded_RD.norm(dim=1) * self.error
+        # Twice the error, and a bit more for the rounding of these lines themselves.
+        margin_R = 2.01 * error_R / (scale_R1 * self.scale)[:, 0] + 1
+        if not bool(torch.isfinite(margin_R).all()):
+            return None
+        # Of a row of zeros, no centroid becomes a candidate: it gets the first one, at 0.
+        margin_R = torch.where(largest_R1[:, 0] > 0, margin_R.clamp(max=2.0**30), -1).ceil().int()
+        scores_RK = torch._int_mm(coarse_RD.to(torch.int8), self.coarse_DK).numpy()
+        is_candidate_RK = scores_RK >= (scores_RK.max(axis=1) - margin_R.numpy())[:, None]
+        candidates = np.flatnonzero(is_candidate_RK)
+        if len(candidates) * _CANDIDATE_COST > scores_RK.size:
+            return None
+        return self._nearest_of(candidates, rows_RD)
+
+    def _nearest_of(self, candidates: NDArray[Any], rows_RD: Tensor) -> Found:
+        """The best among pairs of a row and a centroid, ascending int64 [pairs]: row times K plus centroid."""
+        rows, centroids = np.divmod(candidates, len(self.exact_KD))
+        products = rows_RD.index_select(0, torch.from_numpy(rows))
+        products.mul_(self.exact_KD.index_select(0, torch.from_numpy(centroids)))
+        scores = products.sum(dim=1).numpy()
+        best_R = np.full(len(rows_RD), -np.inf, dtype=np.float32)
+        np.maximum.at(best_R, rows, scores)
+        hits = np.flatnonzero(scores == best_R[rows])[::-1]  # from the last, so that the first of equals stays
+        labels_R = np.zeros(len(rows_RD), dtype=np.int64)
+        labels_R[rows[hits]] = centroids[hits]
+        best_R[np.isneginf(best_R)] = 0
+        return labels_R, best_R
+
+
+def _round_to_8_bits(values_RD: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as whole numbers up to 127, float32 [R, D], and their unit, for which `largest` becomes 127."""
+    scale = largest.clamp(min=1e-30) / 127
+    return (values_RD / scale).round_(), scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +165,13 @@ class ClusterSums:
             labels_B: int64 [B].
         """
         assert features_BD.dtype == torch.float16
-        self.sums.index_add_(0, labels_B, (features_BD.float() * _UNIT).long())
+        if len(features_BD) < len(self.sums):
+            self.sums.index_add_(0, labels_B, (features_BD.float() * _UNIT).long())
+        else:  # torch adds float64 rows 4 times as fast as int64 rows; sums of up to 2^29 rows are exact there, too
+            block_sums = torch.zeros_like(self.sums, dtype=torch.float64)
+            for rows, labels in zip(features_BD.split(_SUM_ROWS), labels_B.split(_SUM_ROWS), strict=True):
+                block_sums.index_add_(0, labels, rows.double())
+            self.sums.add_(block_sums.mul_(_UNIT).long())
         self.counts.add_(torch.bincount(labels_B, minlength=len(self.counts)))
 
     def all_reduce(self) -> None:

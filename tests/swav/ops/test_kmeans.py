@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from swav_testing.ranks import run_ranks
 from torch import Tensor
 
 from swav.distributed import rank, world_size
+from swav.ops import kmeans
 from swav.ops.kmeans import ClusterSums, nearest_centroids
 from swav.partition import share
 
@@ -72,6 +75,126 @@ def test_equal_scores_go_to_the_first_centroid() -> None:
         torch.tensor([[1.0, 0.0]]).half(), torch.tensor([[0.0, 1.0], [1, 0], [1, 0]])
     )
     assert (labels.tolist(), similarities.tolist()) == ([1], [1.0])
+
+
+def mixture(num_rows: int, dim: int, num_clusters: int, *, common: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Unit rows, float16, and as many of them as centroids; with `common`, all of them point about the same way."""
+    draws = torch.Generator().manual_seed(num_rows)
+    centres = torch.randn(num_clusters, dim, generator=draws) + common * torch.randn(dim, generator=draws)
+    features = centres[torch.randint(num_clusters, (num_rows,), generator=draws)]
+    features = features + torch.randn(num_rows, dim, generator=draws)
+    features = torch.nn.functional.normalize(features, dim=1).half()
+    chosen = torch.randperm(num_rows, generator=draws)[:num_clusters]
+    return features, torch.nn.functional.normalize(features[chosen].float(), dim=1)
+
+
+def assert_nearest(features: Tensor, centroids: Tensor, labels: Tensor, similarities: Tensor) -> None:
+    """Against float64: the same labels, except where two scores are the same to within float32 rounding."""
+    scores = features.double() @ centroids.double().mT
+    best, expected = scores.max(dim=1)
+    found = scores.gather(1, labels[:, None])[:, 0]
+    assert ((labels == expected) | (best - found < 1e-6)).all()
+    torch.testing.assert_close(similarities.double(), best, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(params=[True, False], ids=["coarse scores first", "matrix product"])
+def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to the nearest centroids, on any CPU (torch's 8 bit product is slow without VNNI, not wrong)."""
+    monkeypatch.setattr(kmeans, "_coarse_scores_are_fast", lambda num_clusters: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("num_rows", [0, 1, kmeans._CPU_ROWS - 1, kmeans._CPU_ROWS, 3 * kmeans._CPU_ROWS + 1])
+@pytest.mark.parametrize("dim", [3, 32])
+@pytest.mark.parametrize("common", [0, 3])
+def test_labels_equal_brute_force_in_float64(num_rows: int, dim: int, common: float) -> None:
+    features, centroids = mixture(2000, dim, 800, common=common)
+    for rows in (features[:num_rows], features[:num_rows].float(), features.mT.contiguous().mT[:num_rows]):
+        labels, similarities = nearest_centroids(rows, centroids)
+        assert (labels.dtype, similarities.dtype) == (torch.int64, torch.float32)
+        assert_nearest(rows, centroids, labels, similarities)
+
+
+def test_few_candidates_are_left_for_rows_with_a_clear_cluster_and_many_where_all_are_alike() -> None:
+    features, centroids = mixture(2000, 64, 1000)
+    assert kmeans._CoarseCentroids.of(centroids).nearest(features[:256].float()) is not None
+    features, centroids = mixture(2000, 64, 1000, common=10)
+    assert kmeans._CoarseCentroids.of(centroids).nearest(features[:256].float()) is None
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-14, 3.0])
+def test_features_and_centroids_need_not_be_of_unit_norm(scale: float) -> None:
+    features, centroids = mixture(1500, 48, 700)
+    features = (features * scale).half()
+    centroids = centroids * torch.linspace(0.1, 5, 700)[:, None]
+    labels, similarities = nearest_centroids(features, centroids)
+    assert_nearest(features / scale, centroids, labels, similarities / scale)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_the_best_of_centroids_that_8_bits_cannot_tell_apart() -> None:
+    features, centroids = mixture(1000, 32, 500)
+    near = torch.nn.functional.normalize(features[:64].float(), dim=1)
+    centroids[100:164] = near * (1 - 1e-4)
+    centroids[300:364] = near
+    centroids[400:464] = near
+    assert nearest_centroids(features[:64], centroids)[0].tolist() == list(range(300, 364))
+
+
+@pytest.mark.usefixtures("coarse")
+def test_rows_of_zeros_get_the_first_centroid_and_change_no_other_row() -> None:
+    features, centroids = mixture(1000, 32, 500)
+    expected = nearest_centroids(features, centroids)
+    features[::3] = 0
+    labels, similarities = nearest_centroids(features, centroids)
+    assert labels[::3].eq(0).all()
+    assert similarities[::3].eq(0).all()
+    torch.testing.assert_close(labels[1::3], expected[0][1::3])
+    torch.testing.assert_close(similarities[1::3], expected[1][1::3])
+
+
+@pytest.mark.usefixtures("coarse")
+def test_several_threads_at_once_give_the_same_bits() -> None:
+    features, centroids = mixture(4000, 32, 600)
+    blocks = features.split(700)
+    expected = [nearest_centroids(block, centroids) for block in blocks]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = pool.map(nearest_centroids, blocks, [centroids] * len(blocks))
+            for (labels, similarities), (other_labels, other_similarities) in zip(found, expected, strict=True):
+                assert torch.equal(labels, other_labels)
+                assert torch.equal(similarities, other_similarities)
+
+
+@pytest.mark.parametrize("num_clusters", [2, 5000])  # fewer and more than the rows: two ways to add
+def test_sums_of_the_largest_and_the_smallest_numbers_are_exact_in_any_order(num_clusters: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    values = torch.tensor([1.0, -1.0, 2.0**-24, -(2.0**-24), 3 * 2.0**-24, 1 - 2.0**-11, 2.0**-14, 0.0])
+    features = values[torch.randint(len(values), (3000, 8), generator=draws)].half()
+    labels = torch.randint(2, (3000,), generator=draws)
+    found, other = ClusterSums.zeros(num_clusters, 8), ClusterSums.zeros(num_clusters, 8)
+    found.add(features, labels)
+    for part in torch.randperm(3000, generator=draws).split(77):
+        other.add(features[part], labels[part])
+    exact = [
+        [sum(int(value * 2**24) for value in column) for column in features[labels == k].T.tolist()] for k in (0, 1)
+    ]
+    assert found.sums[:2].tolist() == exact
+    assert torch.equal(found.sums, other.sums)
+    assert torch.equal(found.counts, other.counts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_labels_of_the_cpu() -> None:
+    features, centroids = mixture(20000, 64, 800)
+    labels, similarities = nearest_centroids(features.cuda(), centroids.cuda())
+    assert_nearest(features, centroids, labels.cpu(), similarities.cpu())
+    found, expected = ClusterSums.zeros(800, 64, torch.device("cuda")), ClusterSums.zeros(800, 64)
+    found.add(features.cuda(), labels)
+    expected.add(features, labels.cpu())
+    assert torch.equal(found.sums.cpu(), expected.sums)
 
 
 def in_this_world(reverse: bool) -> tuple[Tensor, Tensor]:

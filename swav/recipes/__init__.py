@@ -1,18 +1,16 @@
-"""Every named run; ``get_recipe("demo")`` builds one. Imports without torch.
-
-The paper's run on Instagram images (appendix B.5) is counted in iterations, which comes with the methods that need it.
-"""
+"""Every named run; ``get_recipe("demo")`` builds one. Imports without torch."""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 
 from swav.config import PretrainConfig, apply_overrides
-from swav.recipes import ablations, mocov2, simclr, small, swav
+from swav.recipes import ablations, baselines, mocov2, offline, simclr, small, swav
 
 _RECIPES = {
     build.__name__: build
-    for build in (*small.RECIPES, *swav.RECIPES, *ablations.RECIPES, *simclr.RECIPES, *mocov2.RECIPES)
+    for runs in (small, swav, ablations, offline, simclr, mocov2, baselines)
+    for build in runs.RECIPES
 }
 
 

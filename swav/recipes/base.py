@@ -34,7 +34,7 @@ def large_batch(name: str, epochs: int, views: tuple[CropConfig, ...]) -> Pretra
         model=ModelConfig(),
         data=NO_DATA,
         crops=views,
-        optim=OptimConfig(epochs=epochs),
+        optim=OptimConfig(epochs=epochs, warmup_epochs=min(10, epochs)),
     )
 
 

@@ -11,18 +11,22 @@ import pytest
 from swav import recipes
 from swav.config import (
     COLOUR_STD,
+    DeepClusterV2Config,
     Mocov2Config,
     PretrainConfig,
     QueueConfig,
+    SelaV2Config,
     SimclrConfig,
+    SupervisedConfig,
     SwavConfig,
     from_json,
     to_json,
 )
-from swav.recipes import ablations, configure, get_recipe, mocov2, recipe_names, simclr, swav
+from swav.recipes import ablations, configure, get_recipe, mocov2, offline, recipe_names, simclr, swav
 
 NAME = re.compile(
-    r"(swav|simclr|mocov2)_r(18|50|50w\d)_(2x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?|swav_abl_400ep(_[a-z0-9_]+)?|demo"
+    r"(swav|simclr|mocov2|deepclusterv2|selav2|supervised)_r(18|50|50w\d)_([12]x\d+(_\dx\d+)?|cifar10)_\d+ep(_bs\d+)?"
+    r"|swav_abl_400ep(_[a-z0-9_]+)?|swav_r50_2x224_6x96_ig1b|random_r50|demo"
 )
 
 # name: (global crop, local crops, epochs, batch, peak rate, final rate, warm-up, queue, width, head, head norm)
@@ -63,7 +67,7 @@ def _crops(run: PretrainConfig) -> list[tuple[int, int, tuple[float, float]]]:
 
 
 def test_every_recipe_of_the_paper_is_in_a_table_of_this_test() -> None:
-    assert {build.__name__ for build in swav.RECIPES} == set(PAPER)
+    assert {build.__name__ for build in swav.RECIPES} == set(PAPER) | {"swav_r50_2x224_6x96_ig1b"}
     assert {build.__name__ for build in ablations.RECIPES} == set(ABLATIONS)
 
 
@@ -122,6 +126,37 @@ def test_simclr_differs_from_swav_in_its_loss_alone(build: Callable[[], Pretrain
     twin = get_recipe(run.name.replace("simclr", "swav"))
     assert run.method == SimclrConfig(temperature=0.1)
     assert replace(run, name=twin.name, method=twin.method) == twin
+
+
+@pytest.mark.parametrize("build", offline.RECIPES)
+def test_offline_methods_have_swavs_settings_and_three_sets(build: Callable[[], PretrainConfig]) -> None:
+    run = build()
+    expected = DeepClusterV2Config() if run.name.startswith("deepclusterv2") else SelaV2Config()
+    assert run.method == expected
+    assert (expected.num_sets, expected.num_prototypes, expected.temperature) == (3, 3000, 0.1)
+    views = "_".join(f"{group.num_crops}x{group.size_px}" for group in run.crops)
+    assert f"_{views}_{run.optim.epochs}ep" in run.name
+    if views != "1x224":
+        twin = get_recipe(f"swav_r50_{views}_{run.optim.epochs}ep")
+        assert replace(run, name=twin.name, method=twin.method) == twin
+
+
+def test_the_billion_images_are_counted_in_images() -> None:
+    run = get_recipe("swav_r50_2x224_6x96_ig1b")
+    twin = get_recipe("swav_r50_2x224_6x96_800ep")
+    assert replace(run, name=twin.name, data=twin.data) == twin
+    assert run.data.epoch_images == 1_281_167
+
+
+def test_settings_of_the_baselines() -> None:
+    run = get_recipe("supervised_r50_1x224_100ep_bs256")
+    assert run.method == SupervisedConfig(num_classes=1000)
+    assert _crops(run) == [(1, 224, (0.08, 1.0))]
+    assert (run.optim.optimizer, run.optim.base_lr, run.optim.weight_decay) == ("sgd", 0.1, 1e-4)
+    augment = run.augment
+    assert (augment.flip_probability, augment.jitter_probability) == (0.5, 0)
+    assert (augment.grayscale_probability, augment.blur_probability) == (0, 0)
+    assert get_recipe("random_r50").optim.epochs == 0
 
 
 @pytest.mark.parametrize("epochs", [200, 800])

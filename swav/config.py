@@ -180,6 +180,9 @@ def _check_offline(kind: str, num_prototypes: int, num_sets: int, num_iters: int
         )
 
 
+MethodConfig = SwavConfig | SimclrConfig | Mocov2Config | DeepClusterV2Config | SelaV2Config | SupervisedConfig
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
 class DataConfig:
     """Where the images are and in which order they come."""
@@ -276,10 +279,7 @@ class PretrainConfig:
     """One pretraining run."""
 
     name: str
-    method: Annotated[
-        SwavConfig | SimclrConfig | Mocov2Config | DeepClusterV2Config | SelaV2Config | SupervisedConfig,
-        Field(discriminator="kind"),
-    ]
+    method: Annotated[MethodConfig, Field(discriminator="kind")]
     model: ModelConfig
     data: DataConfig
     crops: tuple[CropConfig, ...]  # the first group holds the crops that get codes

@@ -1,13 +1,13 @@
 """Every named run; ``get_recipe("demo")`` builds one. Imports without torch."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from swav.config import PretrainConfig, apply_overrides
 from swav.recipes import ablations, baselines, mocov2, offline, simclr, small, swav
 
-_RECIPES = {
+_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     build.__name__: build
     for runs in (small, swav, ablations, offline, simclr, mocov2, baselines)
     for build in runs.RECIPES

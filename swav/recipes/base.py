@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from swav.config import CropConfig, DataConfig, ModelConfig, OptimConfig, PretrainConfig, QueueConfig, SwavConfig
+from swav.config import (
+    CropConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    QueueConfig,
+    SwavConfig,
+)
 
 GLOBAL_SCALE = (0.14, 1.0)
 LOCAL_SCALE = (0.05, 0.14)
@@ -10,6 +19,8 @@ SIMCLR_SCALE = (0.08, 1.0)  # RandomResizedCrop's default, kept in the ablations
 
 # ImageNet is not ours to name a place for: a recipe of the paper is refused until its data are given.
 NO_DATA = DataConfig(url="")
+
+_SWAV = SwavConfig()
 
 
 def crops(size_px: int, num_local: int, *, scale: tuple[float, float] = GLOBAL_SCALE) -> tuple[CropConfig, ...]:
@@ -26,11 +37,11 @@ def crops(size_px: int, num_local: int, *, scale: tuple[float, float] = GLOBAL_S
     return (*views, CropConfig(num_crops=num_local, size_px=96, scale=LOCAL_SCALE))
 
 
-def large_batch(name: str, epochs: int, views: tuple[CropConfig, ...]) -> PretrainConfig:
-    """SwAV as appendix A.1 trains it: ResNet-50, 4096 images per step, learning rate 4.8."""
+def large_batch(name: str, epochs: int, views: tuple[CropConfig, ...], method: MethodConfig = _SWAV) -> PretrainConfig:
+    """A method as appendix A.1 trains SwAV: ResNet-50, 4096 images per step, learning rate 4.8."""
     return PretrainConfig(
         name=name,
-        method=SwavConfig(),
+        method=method,
         model=ModelConfig(),
         data=NO_DATA,
         crops=views,

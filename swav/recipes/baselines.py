@@ -14,8 +14,7 @@ def supervised_r50_1x224_100ep_bs256() -> PretrainConfig:
     """
     views = (CropConfig(num_crops=1, size_px=224, scale=SIMCLR_SCALE),)
     return replace(
-        large_batch("supervised_r50_1x224_100ep_bs256", 100, views),
-        method=SupervisedConfig(),
+        large_batch("supervised_r50_1x224_100ep_bs256", 100, views, SupervisedConfig()),
         augment=AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0),
         optim=OptimConfig(
             optimizer="sgd",

@@ -14,8 +14,7 @@ from swav.recipes.base import large_batch
 def _mocov2(name: str, epochs: int) -> PretrainConfig:
     views = (CropConfig(num_crops=2, size_px=224, scale=(0.2, 1.0)),)
     return replace(
-        large_batch(name, epochs, views),
-        method=Mocov2Config(),
+        large_batch(name, epochs, views, Mocov2Config()),
         model=ModelConfig(head_batch_norm=False),
         augment=AugmentConfig(jitter_strength=0.5),
         optim=OptimConfig(

@@ -6,8 +6,6 @@ authors' release gives 193 s against SwAV's 174 s per epoch of 2x160 + 4x96. Exp
 the authors' release's: top-1 accuracies of a linear classifier.
 """
 
-from dataclasses import replace
-
 from swav.config import CropConfig, DeepClusterV2Config, PretrainConfig, SelaV2Config
 from swav.recipes.base import GLOBAL_SCALE, crops, large_batch
 
@@ -17,7 +15,7 @@ _SINGLE = (CropConfig(num_crops=1, size_px=224, scale=GLOBAL_SCALE),)
 def _run(
     name: str, method: DeepClusterV2Config | SelaV2Config, views: tuple[CropConfig, ...], epochs: int = 400
 ) -> PretrainConfig:
-    return replace(large_batch(name, epochs, views), method=method)
+    return large_batch(name, epochs, views, method)
 
 
 def deepclusterv2_r50_2x224_400ep() -> PretrainConfig:

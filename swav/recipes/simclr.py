@@ -3,14 +3,12 @@
 Everything but the loss is SwAV's: the same crops, augmentation, batch, optimiser and schedule (appendix A.1).
 """
 
-from dataclasses import replace
-
 from swav.config import CropConfig, PretrainConfig, SimclrConfig
 from swav.recipes.base import crops, large_batch
 
 
 def _simclr(name: str, epochs: int, views: tuple[CropConfig, ...]) -> PretrainConfig:
-    return replace(large_batch(name, epochs, views), method=SimclrConfig())
+    return large_batch(name, epochs, views, SimclrConfig())
 
 
 def simclr_r50_2x224_100ep() -> PretrainConfig:

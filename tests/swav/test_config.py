@@ -153,7 +153,7 @@ def test_json_with_an_unknown_key_is_refused(run: PretrainConfig, place: str) ->
         (lambda: CropConfig(num_crops=2, size_px=96, scale=(0.1, 1.1)), "not a range"),
         (lambda: SinkhornConfig(epsilon=-1), "epsilon > 0"),
         (lambda: SinkhornConfig(num_iters=0), "num_iters >= 1"),
-        (lambda: OptimConfig(epochs=0), "at least 1"),
+        (lambda: OptimConfig(epochs=-1), "optim.epochs at least 0"),
         (lambda: OptimConfig(epochs=5), "warmup_epochs=10"),
         (lambda: OptimConfig(epochs=20, global_batch=0), "at least 1"),
     ],

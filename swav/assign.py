@@ -103,7 +103,6 @@ def write_labels(
     sizes = np.zeros((num_sets, num_prototypes), dtype=np.int64)
     compared = previous if previous is not None and num_prototypes <= _MAX_COMPARED else None
     pairs = np.zeros((num_sets, num_prototypes, num_prototypes if compared else 0), dtype=np.int64)
-    missing = 0
     with LabelWriter(work.folder, index, num_prototypes=num_prototypes, num_sets=num_sets) as writer:
 
         def body(segments: Iterable[int]) -> None:
@@ -114,7 +113,6 @@ def write_labels(
         for shard, table in writer.tables():
             progress()
             labels = decoded(table)
-            missing += int((labels[:, 0] == NO_LABEL).sum())
             before = decoded(compared.table(shard)) if compared else labels
             for number in range(num_sets):
                 own = labels[:, number]
@@ -122,7 +120,6 @@ def write_labels(
                 if compared:
                     pairs[number] += count_pairs(own, before[:, number], num_prototypes, num_prototypes)
     sizes, pairs = (all_reduce_sum(torch.from_numpy(array)).numpy() for array in (sizes, pairs))
-    missing = int(all_reduce_sum(torch.tensor(missing)))
     return [
         {
             **solution.facts[number],
@@ -130,8 +127,8 @@ def write_labels(
             "largest": int(sizes[number].max()),
             "empty": int((sizes[number] == 0).sum()),
             "entropy_bits": entropy(sizes[number]),
-            "unlabelled": missing,
-            "nmi_with_last": normalized_mutual_information(pairs[number]) if compared else None,
+            "unlabelled": index.num_samples - int(sizes[number].sum()),
+            "nmi_with_last": normalized_mutual_information(pairs[number]) if pairs[number].any() else None,
         }
         for number in range(num_sets)
     ]

@@ -299,6 +299,11 @@ class PretrainConfig:
             )
 
         wanted = self.data.epoch_images
+        if wanted is not None and self.offline is not None and self.offline.stale_epochs:
+            raise ValueError(
+                "method.stale_epochs=1 needs epochs that are passes over all images: with data.epoch_images the labels "
+                "before last are of other images; set one of them to its default"
+            )
         if wanted is not None and wanted < self.optim.global_batch:
             raise ValueError(
                 f"data.epoch_images={wanted} is less than one batch, optim.global_batch={self.optim.global_batch}"

@@ -203,7 +203,8 @@ class Report:
                 raise self._divergence(step - 1, f"the loss is {float(loss)}")
 
     def labels(self, step: int, epoch: int, facts: dict[str, Any]) -> None:
-        """Write what an assigner says of an epoch's labels."""
+        """Write what an assigner says of an epoch's labels; waiting for them is not counted into the images/s."""
+        self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
         self._write(step, event="labels", epoch=epoch, **facts)
 
     def epoch(self, step: int, epoch: int, counts: Tensor, *, num_images: int) -> None:

@@ -61,6 +61,7 @@ class LabelTables:
             )
         self.manifest = manifest
         self._index = index
+        self._written, _ = read_array(storage.join(self.folder, "written.npy"))
         self._tables: OrderedDict[int, NDArray[Any]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
@@ -80,15 +81,18 @@ class LabelTables:
         return labels
 
     def table(self, shard: int) -> NDArray[Any]:
-        """The labels of a shard as they are written, uint16 or uint32 [rows, sets]."""
+        """The labels of a shard as they are written, uint16 or uint32 [rows, sets]; all "none" where it has none."""
         with self._lock:
             found = self._tables.get(shard)
             if found is not None:
                 self._tables.move_to_end(shard)
                 return found
         url = table_url(self.folder, shard)
-        table, _ = read_array(url)
         rows = int(self._index.rows_per_shard[shard])
+        if not self._written[shard]:
+            none = label_type(self.manifest["num_prototypes"])
+            return np.full((rows, self.manifest["num_sets"]), np.iinfo(none).max, dtype=none)
+        table, _ = read_array(url)
         if table.shape != (rows, self.manifest["num_sets"]):
             raise DamagedError(f"{url} has the shape {table.shape}, and the shard {rows} rows; restore it")
         with self._lock:
@@ -144,6 +148,7 @@ class LabelWriter:
         self._spill = tempfile.TemporaryDirectory(prefix="labels-", dir=cache)
         self._waiting: list[list[NDArray[Any]]] = [[] for _ in range(self.num_buckets)]
         self._num_bytes = 0
+        self._written = np.zeros(index.num_shards, dtype=np.int64)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -181,6 +186,8 @@ class LabelWriter:
     def tables(self) -> Iterable[tuple[int, NDArray[Any]]]:
         """Put the labels of all workers together, shard by shard; every worker calls this, and writes some shards.
 
+        Shards without any label are left out, as are most where an epoch is a stretch of a pass.
+
         Yields:
             The shards that this worker has written, and their tables.
         """
@@ -192,11 +199,15 @@ class LabelWriter:
                     continue
                 shards = range(self._bounds[bucket], self._bounds[bucket + 1])
                 starts = self._index.row_offsets[shards.start : shards.stop + 1] - self._first_ids[bucket]
-                parts = [whole[start:end] for start, end in pairwise(starts)]
-                urls = [table_url(self._folder, shard) for shard in shards]
-                for _ in pool.map(write_array, urls, parts):
+                parts = zip(shards, (whole[start:end] for start, end in pairwise(starts)), strict=True)
+                written = [(shard, table) for shard, table in parts if (table != np.iinfo(self._type).max).any()]
+                for _ in pool.map(lambda part: write_array(table_url(self._folder, part[0]), part[1]), written):
                     pass
-                yield from zip(shards, parts, strict=True)
+                self._written[[shard for shard, _ in written]] = 1
+                yield from written
+        written_by_all = all_reduce_sum(torch.from_numpy(self._written)).numpy().astype(np.bool_)
+        if rank() == 0:
+            write_array(storage.join(self._folder, "written.npy"), written_by_all)
 
     def _put_together(self, bucket: int) -> NDArray[Any]:
         """All workers' labels of a bucket, in the order of its rows."""

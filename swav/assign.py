@@ -242,7 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout-seconds", type=float, default=24 * 3600.0, help="to wait for the trainer each time")
     parser.add_argument("--keep", action="store_true", help="keep all features and labels, also those not needed")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--collective-timeout-seconds", type=float, default=120.0)
+    # Longer than the trainer's: workers meet only after each pass over their features.
+    parser.add_argument("--collective-timeout-seconds", type=float, default=1800.0)
     parser.add_argument("--stalled-after-seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"

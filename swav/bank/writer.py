@@ -47,7 +47,7 @@ class BankWriter:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="swav-bank")
         self._writing: list[Future[None]] = []
         self._checksums = np.zeros(layout.rows.shape, dtype=np.int64)
-        self._pending: tuple[RawBatch, Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[int, NDArray[np.bool_], Tensor, torch.cuda.Event | None] | None = None
         self._first_block = self._block = start_step // layout.steps
         self._step = self._block * layout.steps
         self._open_block()
@@ -78,7 +78,7 @@ class BankWriter:
             event.record()
             halves = host
         self._store_pending()
-        self._pending = (batch, halves, event)
+        self._pending = (batch.step, batch.substituted, halves, event)
 
     def flush(self) -> None:
         """Make all features up to here durable."""
@@ -125,12 +125,12 @@ class BankWriter:
     def _store_pending(self) -> None:
         if self._pending is None:
             return
-        (batch, halves, event), self._pending = self._pending, None
+        (step, substituted, halves, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        assert batch.step == self._step
+        assert step == self._step
         features = halves.numpy().copy()
-        features[:, batch.substituted] = 0
+        features[:, substituted] = 0
         bounds = self._bounds(self._step)
         for lane, (start, end) in enumerate(zip(bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True)):
             filled = self._filled[lane]

@@ -49,15 +49,15 @@ class Solution:
 
     def labels(self, crops: list[Tensor], number: int) -> NDArray[np.int64]:
         """The labels of a segment's rows in a set, int64 [B]."""
-        blocks = crops[number % len(crops)].split(_BLOCK_ROWS)
-        return torch.cat([self._block_labels(block, number) for block in blocks]).cpu().numpy()
-
-    def _block_labels(self, features_BD: Tensor, number: int) -> Tensor:
+        features_BD, prototypes_KD = crops[number % len(crops)], self.prototypes[number]
         if self.log_scales is None:
-            return nearest_centroids(features_BD, self.prototypes[number])[0]
-        return equal_labels(
-            _scores(features_BD, self.prototypes[number]), self.log_scales[number], epsilon=self.epsilon
-        )
+            return nearest_centroids(features_BD, prototypes_KD)[0].cpu().numpy()
+        log_scales_K = self.log_scales[number]
+        labels = [
+            equal_labels(_scores(block, prototypes_KD), log_scales_K, epsilon=self.epsilon)
+            for block in features_BD.split(_BLOCK_ROWS)
+        ]
+        return torch.cat(labels).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def cluster(work: Workshop, config: DeepClusterV2Config, *, seed: int, epoch: in
             for segment in segments:
                 crops, _ = work.features(segment)
                 for number in range(num_sets):
-                    for block in crops[number % len(crops)].split(_BLOCK_ROWS):
-                        labels, similarities = nearest_centroids(block, centroids_HKD[number])
-                        sums[number].add(block, labels)
-                        similarity[number] += similarities.sum(dtype=torch.float64).cpu()
+                    features = crops[number % len(crops)]
+                    labels, similarities = nearest_centroids(features, centroids_HKD[number])
+                    sums[number].add(features, labels)
+                    similarity[number] += similarities.sum(dtype=torch.float64).cpu()
             return sums, similarity
 
         parts = work.over_segments(body)

@@ -28,7 +28,7 @@ from swav.data.batch import NO_LABEL
 from swav.data.index import DatasetIndex
 from swav.data.source import open_dataset
 from swav.distributed import all_reduce_max, all_reduce_sum, barrier, cores_of_rank, pick_device, process_group, rank
-from swav.ops.agreement import count_pairs, entropy, normalized_mutual_information
+from swav.ops.agreement import entropy, normalized_mutual_information
 from swav.program import run, stop_at_once
 from swav.watchdog import ends_when_stalled, progress
 
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.5
 _REMOTE_POLL_SECONDS = 2.0
 _SAY_EVERY_SECONDS = 60.0
 _KEPT_EPOCHS = 3  # of labels: the new ones, and those that a trainer may still use or go back to
-_MAX_COMPARED = 8192  # prototypes whose pairs are counted
+_MAX_COMPARED = 4096  # prototypes whose pairs are counted: 400 MB for 3 sets
 
 _logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def write_labels(
                 own = labels[:, number]
                 sizes[number] += np.bincount(own[own != NO_LABEL], minlength=num_prototypes)
                 if compared:
-                    pairs[number] += count_pairs(own, before[:, number], num_prototypes, num_prototypes)
+                    add_pairs(pairs[number], own, before[:, number])
     sizes, pairs = (all_reduce_sum(torch.from_numpy(array)).numpy() for array in (sizes, pairs))
     return [
         {
@@ -132,6 +132,18 @@ def write_labels(
         }
         for number in range(num_sets)
     ]
+
+
+def add_pairs(pairs_KK: NDArray[np.int64], one_N: NDArray[np.int64], other_N: NDArray[np.int64]) -> None:
+    """Count how many samples have each pair of labels, in place: a shard has far fewer samples than there are pairs.
+
+    Args:
+        pairs_KK: int64 [K, K], contiguous.
+        one_N: int64 [N]; samples with NO_LABEL in either are left out.
+        other_N: int64 [N].
+    """
+    both = (one_N != NO_LABEL) & (other_N != NO_LABEL)
+    np.add.at(pairs_KK.reshape(-1), one_N[both] * len(pairs_KK) + other_N[both], 1)
 
 
 def _segment_labels(work: Workshop, solution: Solution, segment: int) -> NDArray[np.int64]:

@@ -34,9 +34,9 @@ _BASE = [
 ]
 _TWO_CROPS = 'crops=[{"num_crops":2,"size_px":48,"scale":[0.2,1.0]}]'
 _FOUR_CROPS = 'crops=[{"num_crops":2,"size_px":48,"scale":[0.2,1.0]},{"num_crops":2,"size_px":32,"scale":[0.1,0.4]}]'
-_SGD = ['optim={"optimizer":"sgd","epochs":10,"warmup_epochs":0.5,"base_lr":0.06,"final_lr":0.0,"weight_decay":0.0005}']
+_SGD = ["optim.optimizer=sgd", "optim.base_lr=0.06", "optim.final_lr=0.0", "optim.weight_decay=0.0005"]
 METHODS = {
-    "swav": ['method={"kind":"swav","num_prototypes":512,"sinkhorn":{"epsilon":0.02}}', _FOUR_CROPS],
+    "swav": ['method={"kind":"swav","num_prototypes":100,"sinkhorn":{"epsilon":0.02}}', _FOUR_CROPS],
     "simclr": ['method={"kind":"simclr"}', _FOUR_CROPS],
     "mocov2": [*_SGD, _TWO_CROPS, 'method={"kind":"mocov2","queue_samples":4096,"momentum":0.99}'],
     "deepclusterv2": ['method={"kind":"deepclusterv2","num_prototypes":100}', _FOUR_CROPS],

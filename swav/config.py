@@ -361,7 +361,17 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
         _step(node, last, path, config)
         place = int(last) if isinstance(node, list) else last
         node[place] = text if isinstance(node[place], str) else _parse(text)
+        if isinstance(node[place], dict | list):
+            tree = _with_defaults(tree)
     return _validate(tree)
+
+
+def _with_defaults(tree: Any) -> Any:
+    """The tree with all settings of a group that was set whole; as it is where a later override is needed first."""
+    try:
+        return _ADAPTER.dump_python(_ADAPTER.validate_python(tree), mode="json")
+    except ValidationError:
+        return tree
 
 
 def differing_keys(one: PretrainConfig, other: PretrainConfig) -> list[str]:

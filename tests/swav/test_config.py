@@ -11,6 +11,7 @@ from swav.config import (
     CropConfig,
     DataConfig,
     EvaluateConfig,
+    Mocov2Config,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -215,3 +216,13 @@ def test_another_method_is_set_whole(run: PretrainConfig) -> None:
 def test_a_method_that_cannot_be_is_refused(run: PretrainConfig, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         apply_overrides(run, [override])
+
+
+def test_settings_of_a_group_that_was_set_whole_can_be_set_after_it(run: PretrainConfig) -> None:
+    whole, two_crops = 'method={"kind":"mocov2"}', 'crops=[{"num_crops":2,"size_px":48,"scale":[0.2,1.0]}]'
+    for first, second in ((whole, two_crops), (two_crops, whole)):
+        found = apply_overrides(run, [first, second, "method.momentum=0.5", "crops.0.size_px=64"])
+        assert found.method == Mocov2Config(momentum=0.5)
+        assert found.crops[0].size_px == 64
+    with pytest.raises(ValueError, match=r"unknown setting 'method\.num_prototypes'"):
+        apply_overrides(run, [two_crops, whole, "method.num_prototypes=9"])

@@ -16,9 +16,11 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 import swav
-from swav.recipes import configure
+from swav.config import PretrainConfig
+from swav.recipes import configure, get_recipe, recipe_names
 
 IMAGE = f"swav-pretrain:{swav.__version__}"
+ASSIGN_IMAGE = f"swav-assign:{swav.__version__}"
 
 _RENDEZVOUS_PORT = 29500
 
@@ -60,8 +62,8 @@ def pretrain(
         ComponentValidationException: the recipe or an override is refused.
     """
     settings = list(overrides)
+    configured(recipe, settings, data)
     try:
-        configure(recipe, data=data, overrides=settings)
         min_nodes, max_nodes, num_processes, nodes = dist.parse_nnodes(j)
     except ValueError as error:
         raise ComponentValidationException(str(error)) from error
@@ -81,6 +83,84 @@ def pretrain(
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.port_map = {"c10d": _RENDEZVOUS_PORT}
     return role
+
+
+def trainer(
+    kind: str,
+    recipe: str,
+    overrides: Iterable[str],
+    *,
+    data: str | None,
+    output: str | None,
+    j: str,
+    image: str,
+    resource: specs.Resource,
+) -> specs.Role:
+    """The trainer of a method that needs an assigner beside it.
+
+    Args:
+        kind: of the method.
+        recipe: name of the run; one of this method, or made so by an override.
+        overrides: as :func:`pretrain` takes them, and so the rest.
+        data: in place of the recipe's images.
+        output: folder of the run.
+        j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
+        image: container image.
+        resource: of one node.
+
+    Raises:
+        ComponentValidationException: the recipe or an override is refused, or the run is of another method.
+    """
+    settings = list(overrides)
+    found = configured(recipe, settings, data).method.kind
+    if found != kind:
+        fitting = next(name for name in recipe_names() if get_recipe(name).method.kind == kind)
+        raise ComponentValidationException(
+            f"swav.{kind} trains by {kind}, and recipe {recipe} with these settings by {found}; give a recipe such as "
+            f'{fitting}, or set method=\'{{"kind": "{kind}"}}\''
+        )
+    run = run_folder(recipe, output)
+    role = pretrain(recipe, settings, data=data, output=run, j=j, image=image, resource=resource)
+    role.name = "trainer"
+    return role
+
+
+def assigner(output: str, *, data: str | None, workers: int, image: str, resource: specs.Resource) -> specs.Role:
+    """The assigner of a run: workers of one node under :mod:`swav.elastic`, which starts again what crashes.
+
+    Args:
+        output: folder of the run.
+        data: the run's images, where the trainer was given them too, or where they are found elsewhere.
+        workers: processes.
+        image: container image.
+        resource: of the node.
+
+    Raises:
+        ComponentValidationException: there are no workers.
+    """
+    if workers < 1:
+        raise ComponentValidationException(f"--workers {workers}: the assigner needs at least 1")
+    role = program("swav.assign", [*option("output", output), *option("data", data)], image=image, resource=resource)
+    role.args = ["-m", "swav.elastic", "--standalone", f"--nproc-per-node={workers}", *role.args]
+    role.name = "assigner"
+    return role
+
+
+def configured(recipe: str, overrides: Iterable[str], data: str | None) -> PretrainConfig:
+    """The run that the programs will build.
+
+    Raises:
+        ComponentValidationException: they would refuse it.
+    """
+    try:
+        return configure(recipe, data=data, overrides=overrides)
+    except ValueError as error:
+        raise ComponentValidationException(str(error)) from error
+
+
+def run_folder(recipe: str, output: str | None) -> str:
+    """The run's folder: without one given, the trainer's own default, said to both sides."""
+    return output or f"runs/{recipe}"
 
 
 def knn(

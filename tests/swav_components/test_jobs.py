@@ -1,34 +1,53 @@
 """Components as TorchX finds, checks and renders them."""
 
 import inspect
+import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torchx import specs
+from torchx.schedulers import kubernetes_scheduler
 from torchx.schedulers.local_scheduler import create_scheduler
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import ComponentValidationException, get_components
 
+from swav.recipes import recipe_names
 from swav_components import jobs, roles
 
+OFFLINE = (jobs.deepclusterv2, jobs.selav2)
 ROOT = Path(__file__).parents[2]
 
 
 def _replicas(app: specs.AppDef) -> list[tuple[list[str], dict[str, str]]]:
     """Command and environment of every local process of an app with one role."""
-    (role,) = app.roles
+    (replicas,) = _replicas_of_roles(app).values()
+    return replicas
+
+
+def _replicas_of_roles(app: specs.AppDef) -> dict[str, list[tuple[list[str], dict[str, str]]]]:
+    """Command and environment of every local process, by role."""
     request = create_scheduler("test").submit_dryrun(app, {"log_dir": "unused"}).request
-    return [(replica.args, replica.env) for replica in request.role_params[role.name]]
+    return {
+        name: [(replica.args, replica.env) for replica in replicas] for name, replicas in request.role_params.items()
+    }
+
+
+def _of(kind: str, **settings: object) -> str:
+    """The override that makes any recipe a run of a method."""
+    return "method=" + json.dumps({"kind": kind, "num_prototypes": 20, **settings})
 
 
 def test_components_are_found_beside_the_built_in_ones() -> None:
     components = get_components()
-    assert {"swav.pretrain", "swav.knn", "dist.ddp", "utils.echo"} <= set(components)
-    assert {name for name in components if name.startswith("swav.")} == {"swav.pretrain", "swav.knn"}
+    assert {"dist.ddp", "utils.echo"} <= set(components)
+    ours = {"swav.pretrain", "swav.deepclusterv2", "swav.selav2", "swav.assign", "swav.knn"}
+    assert {name for name in components if name.startswith("swav.")} == ours
 
 
 @pytest.mark.parametrize("name", [name for name, _ in inspect.getmembers(jobs, inspect.isfunction)])
@@ -80,6 +99,83 @@ def test_what_a_user_writes_arrives_as_written(j: str, text: str) -> None:
     assert command[command.index("--data") + 1] == text
 
 
+@pytest.mark.parametrize("job", OFFLINE)
+def test_trainer_and_assigner_stand_beside_each_other(job: Callable[..., specs.AppDef]) -> None:
+    settings = [_of(job.__name__), "optim.epochs=2"]
+    shared = ["--data", "photos", "--output", "runs/a"]
+    app = materialize_appdef(job, ["--recipe", "demo", *shared, "--workers", "4", *settings])
+    replicas = _replicas_of_roles(app)
+    assert list(replicas) == ["trainer", "assigner"]
+    ((trainer, environment),), ((assigner, _),) = replicas.values()
+    assert trainer == ["python", "-m", "swav.pretrain", "--recipe", "demo", *shared, *settings]
+    launch = ["python", "-m", "swav.elastic", "--standalone", "--nproc-per-node=4", "-m", "swav.assign"]
+    assert assigner == [*launch, "--output", "runs/a", "--data", "photos"]
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+@pytest.mark.parametrize("job", OFFLINE)
+@pytest.mark.parametrize("j", ["1x1", "1x2", "1:2x4"])
+def test_both_sides_have_one_folder_where_none_is_given(job: Callable[..., specs.AppDef], j: str) -> None:
+    replicas = _replicas_of_roles(job(_of(job.__name__), recipe="demo", j=j))
+    for command, _ in [*replicas["trainer"], *replicas["assigner"]]:
+        words = shlex.split(command[2]) if command[0] == "bash" else command
+        assert words[words.index("--output") + 1] == "runs/demo"
+        assert "--data" not in words
+
+
+def test_each_side_has_an_image_and_resources_of_its_own() -> None:
+    sizes = ["--cpu", "8", "--gpu", "4", "--memMB", "64000"]
+    own = ["--assign_cpu", "3", "--assign_gpu", "2", "--assign_memMB", "4096", "--assign_image", "ours:1"]
+    app = materialize_appdef(jobs.deepclusterv2, ["--recipe", "demo", *sizes, *own, _of("deepclusterv2")])
+    trainer, assigner = app.roles
+    assert (trainer.image, assigner.image) == (roles.IMAGE, "ours:1")
+    assert (trainer.resource.cpu, trainer.resource.gpu, trainer.resource.memMB) == (8, 4, 64000)
+    assert (assigner.resource.cpu, assigner.resource.gpu, assigner.resource.memMB) == (3, 2, 4096)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("deepclusterv2_", "selav2_"))])
+def test_each_recipe_of_an_offline_method_has_its_component(name: str) -> None:
+    job = getattr(jobs, name.partition("_")[0])
+    assert [role.name for role in job(recipe=name, data="photos").roles] == ["trainer", "assigner"]
+
+
+@pytest.mark.parametrize("job", OFFLINE)
+def test_run_of_another_method_is_refused_when_it_is_submitted(job: Callable[..., specs.AppDef]) -> None:
+    kind = job.__name__
+    (other,) = {"deepclusterv2", "selav2"} - {kind}
+    for overrides, found in (((), "swav"), ((_of(other),), other)):
+        said = f"recipe demo with these settings by {found}; give a recipe such as {kind}_r50_2x224_400ep"
+        with pytest.raises(ComponentValidationException, match=said):
+            job(*overrides, recipe="demo")
+
+
+@pytest.mark.parametrize("job", OFFLINE)
+def test_offline_job_that_cannot_run_is_refused_when_it_is_submitted(job: Callable[..., specs.AppDef]) -> None:
+    with pytest.raises(ComponentValidationException, match="unknown recipe 'dmo'"):
+        job(recipe="dmo")
+    with pytest.raises(ComponentValidationException, match=r"unknown setting 'optim.epoch'"):
+        job(_of(job.__name__), "optim.epoch=1", recipe="demo")
+    with pytest.raises(ComponentValidationException, match="--workers 0: the assigner needs at least 1"):
+        job(_of(job.__name__), recipe="demo", workers=0)
+
+
+@pytest.mark.parametrize("text", ["a b", "$HOME", "${app_id}", "it's", "$(date)"])
+def test_the_assigners_folder_arrives_as_written(text: str) -> None:
+    ((command, _),) = _replicas(materialize_appdef(jobs.assign, ["--output", text]))
+    launch = ["python", "-m", "swav.elastic", "--standalone", "--nproc-per-node=1", "-m", "swav.assign"]
+    assert command == [*launch, "--output", text]
+
+
+def test_kubernetes_gets_a_task_for_each_side() -> None:
+    app = jobs.deepclusterv2(_of("deepclusterv2"), recipe="demo", output="s3://bucket/run", j="2x4")
+    request = kubernetes_scheduler.create_scheduler("test").submit_dryrun(app, {"queue": "default"}).request
+    images = {
+        task["name"]: [container.image for container in task["template"].spec.containers]
+        for task in request.resource["spec"]["tasks"]
+    }
+    assert images == {"trainer-0": [roles.IMAGE], "trainer-1": [roles.IMAGE], "assigner-0": [roles.ASSIGN_IMAGE]}
+
+
 def test_knn_passes_only_what_is_given() -> None:
     ((bare, _),) = _replicas(materialize_appdef(jobs.knn, ["--backbone", "b.pt", "--train", "photos"]))
     assert bare == ["python", "-m", "swav_eval.knn", "--backbone", "b.pt", "--train", "photos"]
@@ -125,6 +221,7 @@ def test_dry_run_works_from_the_repository_root() -> None:
 def test_submitting_imports_no_torch() -> None:
     code = (
         "import sys; from swav_components import jobs; jobs.pretrain(recipe='demo', j='1:2x8'); jobs.knn('b', 't');"
+        "jobs.assign('r'); jobs.selav2(recipe='selav2_r50_2x224_400ep', data='d');"
         "sys.exit('torch' in sys.modules)"
     )
     source_roots = os.pathsep.join(str(ROOT / folder) for folder in ("", "eval", "components"))
@@ -133,4 +230,6 @@ def test_submitting_imports_no_torch() -> None:
 
 def test_default_image_has_the_version_of_this_code() -> None:
     assert jobs.pretrain(recipe="demo").roles[0].image == roles.IMAGE
-    assert roles.IMAGE.rpartition(":")[2] not in ("", "latest")
+    assert jobs.assign("run").roles[0].image == roles.ASSIGN_IMAGE
+    for image in (roles.IMAGE, roles.ASSIGN_IMAGE):
+        assert image.rpartition(":")[2] not in ("", "latest")

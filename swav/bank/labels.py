@@ -21,7 +21,7 @@ from swav import storage
 from swav.bank.files import DamagedError, labels_folder, read_array, read_manifest, write_array
 from swav.data.batch import NO_LABEL
 from swav.data.index import DatasetIndex
-from swav.distributed import all_reduce_sum, rank, world_size
+from swav.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 
 LABELS_FORMAT = "swav.labels/1"
 _BUCKET_ROWS = 1 << 22  # whose labels are put together at a time
@@ -217,11 +217,16 @@ class LabelWriter:
         num_rows = int(self._first_ids[bucket + 1] - self._first_ids[bucket])
         none = np.iinfo(self._type).max
         dense = torch.zeros((num_rows, self._num_sets), dtype=torch.int64 if self._type.itemsize > 2 else torch.int32)
-        # one more than the label, so that 0 is left for rows that no worker has
-        dense.numpy()[records["row"]] = records["labels"].astype(np.int64) + 1
-        summed = all_reduce_sum(dense).numpy() - 1
-        summed[summed < 0] = none
-        return summed.astype(self._type)
+        # One more than the label, and 0 for none. A stretch that begins in one pass and ends in the next can have a
+        # sample twice: the larger label counts, whoever has it.
+        for number, column in enumerate(dense.numpy().T):
+            labels = records["labels"][:, number]
+            values = np.where(labels == none, 0, labels.astype(np.int64) + 1)
+            while (is_larger := column[records["row"]] < values).any():
+                column[records["row"][is_larger]] = values[is_larger]
+        merged = all_reduce_max(dense).numpy() - 1
+        merged[merged < 0] = none
+        return merged.astype(self._type)
 
     def _write_waiting(self) -> None:
         for bucket, parts in enumerate(self._waiting):

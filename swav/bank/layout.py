@@ -23,6 +23,7 @@ class BankLayout:
 
     Attributes:
         order: of the epoch whose features they are.
+        data_identity: of the images.
         num_lanes: of that order.
         num_crops: features of each sample.
         dim: of a feature.
@@ -31,6 +32,7 @@ class BankLayout:
     """
 
     order: EpochOrder | EpochStretch
+    data_identity: str
     num_lanes: int
     num_crops: int
     dim: int
@@ -79,7 +81,7 @@ def bank_layout(config: PretrainConfig, index: DatasetIndex, order_epoch: int) -
     for block, first in enumerate(range(0, order.num_steps, steps)):
         for size, count in zip(*np.unique(sizes[first : first + steps], return_counts=True), strict=True):
             rows[block] += np.diff(size * bounds // lanes) * count
-    return BankLayout(order, lanes, num_crops, dim, steps, rows)
+    return BankLayout(order, index.identity, lanes, num_crops, dim, steps, rows)
 
 
 def is_forward_pass(config: PretrainConfig, epoch: int) -> bool:

@@ -43,8 +43,8 @@ class BankReader:
         manifest = read_manifest(folder, BANK_FORMAT)
         if manifest is None:
             raise RuntimeError(f"{folder} holds no published features; let the trainer finish its epoch")
-        expected = {"num_samples": int(layout.rows.sum()), "num_segments": layout.num_segments}
-        expected |= {"num_crops": layout.num_crops, "dim": layout.dim}
+        expected: dict[str, Any] = {"num_samples": int(layout.rows.sum()), "num_segments": layout.num_segments}
+        expected |= {"num_crops": layout.num_crops, "dim": layout.dim, "data_identity": layout.data_identity}
         for name, value in expected.items():
             if manifest.get(name) != value:
                 raise ValueError(

@@ -7,6 +7,7 @@ Shapes: B rows of a block, K clusters, D dimensions.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -47,7 +48,8 @@ def nearest_centroids(features_BD: Tensor, centroids_KD: Tensor) -> tuple[Tensor
     labels = torch.empty(len(features_BD), dtype=torch.int64)
     similarities = torch.empty(len(features_BD))
     centroids_DK = centroids_KD.mT.contiguous().numpy()
-    coarse = _CoarseCentroids.of(centroids_KD) if _coarse_scores_are_fast(len(centroids_KD)) else None
+    worth_it = len(centroids_KD) >= 2 * _CANDIDATE_COST and _coarse_scores_are_fast()
+    coarse = _CoarseCentroids.of(centroids_KD) if worth_it else None
     for start in range(0, len(features_BD), _CPU_ROWS):
         rows = slice(start, start + _CPU_ROWS)
         rows_RD = features_BD[rows].float()
@@ -66,9 +68,13 @@ def _nearest_of_all(rows_RD: Tensor, centroids_DK: NDArray[np.float32]) -> Found
     return labels, scores_RK[np.arange(len(labels)), labels]
 
 
-def _coarse_scores_are_fast(num_clusters: int) -> bool:
-    """Whether this CPU has 8 bit dot products, without which torch's can be slow or saturate, and they are worth it."""
-    return num_clusters >= 2 * _CANDIDATE_COST and torch.cpu._is_vnni_supported()
+@cache
+def _coarse_scores_are_fast() -> bool:
+    """Whether this CPU has 8 bit dot products, without which torch's are slow, or saturate and are wrong."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    ones = torch.ones(64, 64, dtype=torch.int8)
+    return bool((torch._int_mm(127 * ones, 127 * ones) == 64 * 127**2).all())  # oneDNN can be told not to use them
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class _CoarseCentroids:
         coarse_KD, scale = _round_to_8_bits(centroids_KD, centroids_KD.abs().max().view(1, 1))
         return cls(
             exact_KD=centroids_KD,
-            coarse_DK=coarse_KD.to(torch.int8).mT.contiguous(),
+            coarse_DK=_as_int8(coarse_KD.mT),
             scale=scale,
             norm=centroids_KD.norm(dim=1).max(),
             error=(centroids_KD - coarse_KD * scale).norm(dim=1).max(),
@@ -114,7 +120,7 @@ class _CoarseCentroids:
             return None
         # Of a row of zeros, no centroid becomes a candidate: it gets the first one, at 0.
         margin_R = torch.where(largest_R1[:, 0] > 0, margin_R.clamp(max=2.0**30), -1).ceil().int()
-        scores_RK = torch._int_mm(coarse_RD.to(torch.int8), self.coarse_DK).numpy()
+        scores_RK = torch._int_mm(_as_int8(coarse_RD), self.coarse_DK).numpy()
         is_candidate_RK = scores_RK >= (scores_RK.max(axis=1) - margin_R.numpy())[:, None]
         candidates = np.flatnonzero(is_candidate_RK)
         if len(candidates) * _CANDIDATE_COST > scores_RK.size:
@@ -140,6 +146,11 @@ def _round_to_8_bits(values_RD: Tensor, largest: Tensor) -> tuple[Tensor, Tensor
     """Values as whole numbers up to 127, float32 [R, D], and their unit, for which `largest` becomes 127."""
     scale = largest.clamp(min=1e-30) / 127
     return (values_RD / scale).round_(), scale
+
+
+def _as_int8(values: Tensor) -> Tensor:
+    """A copy in plain strides: torch._int_mm fails silently on others of a dimension of size 1 (PyTorch #195066)."""
+    return torch.empty(values.shape, dtype=torch.int8).copy_(values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,13 +165,14 @@ def previous_labels(output: storage.Location, epoch: int, index: DatasetIndex) -
 
 def remove_old(config: PretrainConfig, index: DatasetIndex, output: storage.Location, epoch: int) -> None:
     """Remove what nobody needs once an epoch has labels: its features, and labels of some epochs ago."""
-    if rank() == 0:
-        remove_bank(bank_folder(output, epoch), bank_layout(config, index, order_epoch_of(config, epoch)))
-        old = epoch - _KEPT_EPOCHS
-        folder = labels_folder(output, old)
-        if old >= 0 and storage.stat(manifest_url(folder)) is not None:
-            storage.remove(manifest_url(folder))
-            remove_all(table_url(folder, shard) for shard in range(index.num_shards))
+    remove_bank(bank_folder(output, epoch), bank_layout(config, index, order_epoch_of(config, epoch)))
+    old = epoch - _KEPT_EPOCHS
+    folder = labels_folder(output, old)
+    if old >= 0 and agreed(lambda: storage.stat(manifest_url(folder)) is not None):
+        remove_all([manifest_url(folder)])
+        barrier()
+        others = [storage.join(folder, name) for name in ("centroids.npy", "written.npy")]
+        remove_all([*others, *(table_url(folder, shard) for shard in range(index.num_shards))])
     barrier()
 
 

@@ -1,6 +1,6 @@
 """Writes the features that training computes, as it computes them (appendix D.2)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from swav.bank.layout import BankLayout
 from swav.data.batch import RawBatch
 from swav.distributed import all_reduce_sum, barrier, rank, world_size
 from swav.partition import share
+from swav.watchdog import progress
 
 BANK_FORMAT = "swav.bank/1"
 _THREADS = 8
@@ -206,14 +207,22 @@ class BankWriter:
 
 
 def remove_bank(folder: str, layout: BankLayout) -> None:
-    """Remove an epoch's features, the manifest first; what is gone already does not matter."""
-    storage.remove(storage.join(folder, "manifest.json"))
-    remove_all(storage.join(folder, layout.name(number)) for number in range(layout.num_segments))
-    remove_all(storage.join(folder, name) for name in ("segments.npy", "prototypes.npy"))
+    """Remove an epoch's features, the manifest first; what is gone already does not matter. Every rank calls this."""
+    remove_all([storage.join(folder, "manifest.json")])
+    barrier()
+    names = [layout.name(number) for number in range(layout.num_segments)]
+    remove_all([storage.join(folder, name) for name in (*names, "segments.npy", "prototypes.npy")])
 
 
-def remove_all(urls: Iterable[str]) -> None:
-    """Remove files, several at a time."""
+def remove_all(urls: Sequence[str]) -> None:
+    """Remove files, every rank a share, several at a time: from a store, hundreds of thousands take minutes."""
+    own = urls[rank() :: world_size()]
+
+    def remove_some(number: int) -> None:
+        for url in own[number::_THREADS]:
+            storage.remove(url)
+            progress()
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(storage.remove, urls):
+        for _ in pool.map(remove_some, range(_THREADS)):
             pass

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from swav import storage
 from swav.bank.files import bank_folder, labels_folder, manifest_url
@@ -193,8 +194,9 @@ class HandOver(Unlabelled):
         """What the features are to be partitioned by, float32 [sets, K, dim]; None for k-means."""
         if isinstance(self._config.method, DeepClusterV2Config):
             return None
-        self._method.before_step()  # to unit norm
-        return torch.stack([head.detach().float().cpu() for head in self._method.prototypes.heads]).numpy()
+        # The model's own stay as the checkpoint has them: to bring them to unit norm twice changes their last bits.
+        heads = [F.normalize(head.detach().float(), dim=1) for head in self._method.prototypes.heads]
+        return torch.stack(heads).cpu().numpy()
 
     def _writer(self, target: int, start_step: int) -> BankWriter:
         order_epoch = order_epoch_of(self._config, target)

@@ -40,7 +40,7 @@ def normalized_mutual_information(pairs: NDArray[np.int64]) -> float:
     if entropies == 0:
         return 1.0
     mutual = entropies - entropy(pairs[pairs > 0])
-    return float(2 * mutual / entropies)
+    return min(max(float(2 * mutual / entropies), 0.0), 1.0)  # rounding can lead a little beyond both
 
 
 def entropy(sizes_K: NDArray[np.int64]) -> float:

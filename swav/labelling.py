@@ -6,7 +6,8 @@ last, never changes; each side may be killed and started again at any moment.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -223,8 +224,7 @@ class HandOver(Unlabelled):
             crops=self._config.crops[:1],
             on_quarantine=None,
         )
-        buffers = {name: value.clone() for name, value in self._method.named_buffers()}
-        with self._writer(epoch, 0) as bank:
+        with self._kept_buffers(), self._writer(epoch, 0) as bank:
             for raw in passing.epoch(-1 - epoch):
                 batch = self._augment(raw)
                 with autocast(batch, self._config.runtime.precision):
@@ -234,9 +234,17 @@ class HandOver(Unlabelled):
                 if bool(all_reduce_max(torch.tensor(int(self._is_stopping())))):
                     raise Stopped(f"stopped on request in the pass for features before epoch {epoch}")
             bank.publish(self._prototypes())
-        with torch.no_grad():
-            for name, value in self._method.named_buffers():
-                value.copy_(buffers[name])
+
+    @contextmanager
+    def _kept_buffers(self) -> Iterator[None]:
+        """Leave batch norm's running statistics as they were, however the block ends."""
+        buffers = {name: value.clone() for name, value in self._method.named_buffers()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in self._method.named_buffers():
+                    value.copy_(buffers[name])
 
     def _wait_for(self, epoch: int) -> None:
         """Return when an epoch's labels have been published; all ranks together."""

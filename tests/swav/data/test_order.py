@@ -1,5 +1,6 @@
 import hashlib
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swav.data.order import EpochOrder, Ids, substitutes
+from swav.partition import share
 
 
 def _order(
@@ -109,6 +111,62 @@ def test_a_rank_says_which_part_of_the_batch_is_its_own() -> None:
                 assert first == offset
                 ends = end
             assert ends == order.batch_size(step)
+
+
+shapes = {
+    "rows": st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40), st.just(200)), min_size=1, max_size=5).filter(
+        any
+    ),
+    "lanes": st.integers(1, 12),
+    "per_lane": st.integers(1, 4),
+    "chunk_rows": st.sampled_from([1, 3, 64]),
+    "epoch": st.integers(0, 3),
+}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(**shapes, data=st.data())
+def test_a_lane_gets_what_the_rank_of_a_world_with_one_per_lane_would(
+    rows: list[int], lanes: int, per_lane: int, chunk_rows: int, epoch: int, data: st.DataObject
+) -> None:
+    order = _order(rows, batch=lanes * per_lane, lanes=lanes, chunk_rows=chunk_rows, epoch=epoch)
+    first = data.draw(st.integers(0, order.num_steps))
+    end = data.draw(st.integers(first, order.num_steps))
+    batches = [order.batch(step) for step in range(first, end)]
+    for lane in range(lanes):
+        # a world of so many ranks may be refused, where one would have no sample in the smallest batch
+        expected = [b[len(b) * lane // lanes : len(b) * (lane + 1) // lanes].tolist() for b in batches]
+        assert order.lane_batches(lane, first, end).tolist() == list(chain(*expected))
+        if order.batch_size(order.num_steps - 1) >= lanes:
+            of_rank = [order.rank_batch(step, lane, lanes)[0].tolist() for step in range(first, end)]
+            assert expected == of_rank
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(**shapes)
+def test_a_share_is_that_of_its_lanes_and_none_is_empty(
+    rows: list[int], lanes: int, per_lane: int, chunk_rows: int, epoch: int
+) -> None:
+    order = _order(rows, batch=lanes * per_lane, lanes=lanes, chunk_rows=chunk_rows, epoch=epoch)
+    for world_size in range(1, lanes + 1):
+        try:
+            order.check_world(world_size)
+        except ValueError:
+            sizes = [order.batch_size(step) for step in range(order.num_steps)]
+            assert min(sizes) < lanes  # else every lane, and so every rank, has a sample
+            continue
+        for step in {0, max(order.num_steps - 2, 0), order.num_steps - 1}:
+            parts = [order.rank_batch(step, rank, world_size)[0].tolist() for rank in range(world_size)]
+            assert all(parts)
+            assert list(chain(*parts)) == order.batch(step).tolist()
+            for rank, part in enumerate(parts):
+                own = range(*share(lanes, rank, world_size))
+                assert part == list(chain(*(order.lane_batches(lane, step, step + 1).tolist() for lane in own)))
+
+
+def test_lanes_of_steps_outside_the_epoch_are_refused() -> None:
+    with pytest.raises(ValueError, match="step 4 is outside this epoch's 4 steps"):
+        _order([64], batch=16, lanes=4).lane_batches(0, 3, 5)
 
 
 def test_seeking_equals_walking() -> None:

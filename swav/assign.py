@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from swav.bank.labels import LABELS_FORMAT, LabelTables, LabelWriter, decoded, t
 from swav.bank.layout import bank_layout, order_epoch_of
 from swav.bank.reader import BankReader
 from swav.bank.writer import BANK_FORMAT, remove_all, remove_bank
-from swav.clustering import Solution, Workshop, cluster, partition
+from swav.clustering import Solution, Workshop, cluster, partition, remove_states
 from swav.config import DeepClusterV2Config, PretrainConfig, from_json
 from swav.data.batch import NO_LABEL
 from swav.data.index import DatasetIndex
@@ -35,6 +36,7 @@ from swav.watchdog import ends_when_stalled, progress
 _POLL_SECONDS = 0.5
 _REMOTE_POLL_SECONDS = 2.0
 _SAY_EVERY_SECONDS = 60.0
+_STAT_THREADS = 16
 _KEPT_EPOCHS = 3  # of labels: the new ones, and those that a trainer may still use or go back to
 _MAX_COMPARED = 4096  # prototypes whose pairs are counted: 400 MB for 3 sets
 
@@ -60,6 +62,8 @@ def assign(
     """
     folder = labels_folder(output, epoch)
     if agreed(lambda: read_manifest(folder, LABELS_FORMAT) is not None):
+        if rank() == 0:
+            remove_states(folder, before=sys.maxsize)  # of an assigner that was killed before it did so
         return
     method = config.offline
     assert method is not None
@@ -163,12 +167,22 @@ def previous_labels(output: storage.Location, epoch: int, index: DatasetIndex) -
     return LabelTables(output, epoch - 1, index)
 
 
+def newest_labels(output: storage.Location, num_epochs: int) -> int:
+    """The last epoch of a run whose labels are published; 0 where there is none. The same on every worker."""
+    found = [0]
+    if rank() == 0:
+        urls = [manifest_url(labels_folder(output, number)) for number in range(num_epochs)]
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            found += [number for number, stat in enumerate(pool.map(storage.stat, urls)) if stat is not None]
+    return int(all_reduce_max(torch.tensor(max(found))))
+
+
 def remove_old(config: PretrainConfig, index: DatasetIndex, output: storage.Location, epoch: int) -> None:
     """Remove what nobody needs once an epoch has labels: its features, and labels of some epochs ago."""
     remove_bank(bank_folder(output, epoch), bank_layout(config, index, order_epoch_of(config, epoch)))
     old = epoch - _KEPT_EPOCHS
     folder = labels_folder(output, old)
-    if old >= 0 and agreed(lambda: storage.stat(manifest_url(folder)) is not None):
+    if old >= 0:  # also where a killed assigner has begun to
         remove_all([manifest_url(folder)])
         barrier()
         others = [storage.join(folder, name) for name in ("centroids.npy", "written.npy")]
@@ -233,7 +247,8 @@ def serve(
     if epoch is not None and not 0 <= epoch < config.optim.epochs:
         raise ValueError(f"--epoch {epoch}: the run has the epochs 0 to {config.optim.epochs - 1}")
     index = open_dataset(data if data is not None else config.data.url)
-    for number in range(config.optim.epochs) if epoch is None else (epoch,):
+    first = newest_labels(output, config.optim.epochs)  # of the epochs before, features and labels may be gone
+    for number in range(first, config.optim.epochs) if epoch is None else (epoch,):
         made = manifest_url(labels_folder(output, number))
         features = bank_folder(output, number)
 

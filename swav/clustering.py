@@ -113,9 +113,7 @@ class Workshop:
 
     def remove_states(self, before: int) -> None:
         """Remove states that are not needed any more."""
-        for iteration in _states(self.folder):
-            if iteration < before:
-                storage.remove(_state_url(self.folder, iteration))
+        remove_states(self.folder, before)
 
 
 def cluster(work: Workshop, config: DeepClusterV2Config, *, seed: int, epoch: int) -> Solution:
@@ -262,6 +260,13 @@ def _added(parts: list[ClusterSums]) -> ClusterSums:
         total.sums.add_(other.sums)
         total.counts.add_(other.counts)
     return total
+
+
+def remove_states(folder: str, before: int) -> None:
+    """Remove the states of a phase up to an iteration."""
+    for iteration in _states(folder):
+        if iteration < before:
+            storage.remove(_state_url(folder, iteration))
 
 
 def _states(folder: str) -> list[int]:

@@ -164,7 +164,7 @@ def previous_labels(output: storage.Location, epoch: int, index: DatasetIndex) -
     folder = labels_folder(output, epoch - 1)
     if epoch == 0 or not agreed(lambda: read_manifest(folder, LABELS_FORMAT) is not None):
         return None
-    return LabelTables(output, epoch - 1, index)
+    return LabelTables(output, epoch - 1, index, kept_bytes=0)  # each is read once
 
 
 def newest_labels(output: storage.Location, num_epochs: int) -> int:

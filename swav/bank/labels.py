@@ -38,13 +38,16 @@ def label_type(num_prototypes: int) -> np.dtype[Any]:
 class LabelTables:
     """The published labels of an epoch; any number of threads may read."""
 
-    def __init__(self, output: storage.Location, epoch: int, index: DatasetIndex) -> None:
+    def __init__(
+        self, output: storage.Location, epoch: int, index: DatasetIndex, *, kept_bytes: int | None = None
+    ) -> None:
         """Open.
 
         Args:
             output: the run's folder.
             epoch: that trains on the labels.
             index: of the data set.
+            kept_bytes: of tables that stay in memory, beside the last one that was read.
 
         Raises:
             ValueError: they are of other data.
@@ -64,6 +67,7 @@ class LabelTables:
         self._written, _ = read_array(storage.join(self.folder, "written.npy"))
         self._tables: OrderedDict[int, NDArray[Any]] = OrderedDict()
         self._num_bytes = 0
+        self._kept_bytes = _TABLE_BYTES if kept_bytes is None else kept_bytes
         self._lock = threading.Lock()
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -99,7 +103,7 @@ class LabelTables:
             if shard not in self._tables:
                 self._tables[shard] = table
                 self._num_bytes += table.nbytes
-            while self._num_bytes > _TABLE_BYTES and len(self._tables) > 1:
+            while self._num_bytes > self._kept_bytes and len(self._tables) > 1:
                 self._num_bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 

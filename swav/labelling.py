@@ -250,7 +250,7 @@ class HandOver(Unlabelled):
         """Return when an epoch's labels have been published; all ranks together."""
         folder = labels_folder(self._output, epoch)
         seconds = _REMOTE_POLL_SECONDS if storage.is_remote(self._output) else _POLL_SECONDS
-        began = said = time.monotonic()
+        began, said = time.monotonic(), None
         limit = self._config.runtime.labels_timeout_seconds
         while True:
             now = time.monotonic()
@@ -267,7 +267,8 @@ class HandOver(Unlabelled):
                     f"that an assigner works on this run: python -m swav.assign --output {self._output}; then run the "
                     "same command again to go on"
                 )
-            if now == began:
+            if said is None:
+                said = now
                 _logger.info("waiting for the labels of epoch %d (%s)", epoch, folder)
             elif now - said > _SAY_EVERY_SECONDS:
                 said = now

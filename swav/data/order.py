@@ -129,12 +129,13 @@ class EpochOrder:
         """
         rows = self._batch // self._lanes
         numbers = np.arange(first_step * rows, min(end_step, self._lane_steps) * rows)
-        parts = [self._ids(np.full_like(numbers, lane), numbers)]
+        parts = [(np.full_like(numbers, lane), numbers)]
         parts += [
-            self._tail_rows(step, np.arange(*self._lane_range(step, lane, lane + 1)))
+            self._tail_places(step, np.arange(*self._lane_range(step, lane, lane + 1)))
             for step in range(max(first_step, self._lane_steps), end_step)
         ]
-        return np.concatenate(parts)
+        lanes, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return self._ids(lanes, places)
 
     def rank_range(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
         """Where one rank's part of the global batch starts and ends in it.
@@ -212,6 +213,7 @@ class EpochOrder:
         self._lane_steps = steps
         self._left = lane_rows - steps * rows  # [L]
         self._num_left = int(self._left.sum())
+        self._taken_before: dict[int, Ids] = {}
 
     def _tail_range(self, step: int) -> tuple[int, int]:
         """The positions of a step in the rest."""
@@ -227,17 +229,22 @@ class EpochOrder:
 
     def _tail_rows(self, step: int, places: Ids) -> Ids:
         """The samples at the given places of a batch that takes unequally many rows of the lanes."""
+        return self._ids(*self._tail_places(step, places))
+
+    def _tail_places(self, step: int, places: Ids) -> tuple[Ids, Ids]:
+        """The lanes of the given places of such a batch, and the rows in them."""
         start, end = (self._taken(position) for position in self._tail_range(step))
         lane_places = np.concatenate([[0], np.cumsum(end - start)])
         lanes = np.searchsorted(lane_places, places, side="right") - 1
-        rows = self._lane_steps * (self._batch // self._lanes) + start[lanes] + places - lane_places[lanes]
-        return self._ids(lanes, rows)
+        return lanes, self._lane_steps * (self._batch // self._lanes) + start[lanes] + places - lane_places[lanes]
 
     def _taken(self, position: int) -> Ids:
         """How many of each lane's rows that are left stand before a position of the rest, int64 [L].
 
         A lane's i-th row has its turn at the time i / (rows left in the lane); rows of one turn go by lane.
         """
+        if position in self._taken_before:
+            return self._taken_before[position]
         low, high = 0, _TURNS
         while low < high:
             middle = (low + high + 1) // 2
@@ -246,6 +253,7 @@ class EpochOrder:
         taken: Ids = self._left * low // _TURNS
         next_turn = self._left * (low + 1) // _TURNS > taken
         taken += next_turn & (np.cumsum(next_turn) <= position - taken.sum())
+        self._taken_before[position] = taken  # all lanes ask for the same; there are few such steps
         return taken
 
     def _rows_before(self, lanes: Ids, chunks: Ids) -> Ids:

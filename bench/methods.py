@@ -20,7 +20,7 @@ import numpy as np
 from swav.bank.labels import LabelTables
 from swav.data.reader import ShardReader
 from swav.data.source import open_dataset
-from swav.ops.agreement import count_pairs, normalized_mutual_information
+from swav.ops.agreement import add_pairs, normalized_mutual_information
 
 _BASE = [
     "runtime.precision=fp32",
@@ -93,7 +93,8 @@ def label_lines(output: Path, train: str) -> list[str]:
         tables = LabelTables(output, epoch, index)
         facts: dict[str, Any] = tables.manifest["sets"][0]
         labels = tables(np.arange(index.num_samples))[:, 0]
-        pairs = count_pairs(labels, classes, tables.manifest["num_prototypes"], int(classes.max()) + 1)
+        pairs = np.zeros((tables.manifest["num_prototypes"], int(classes.max()) + 1), dtype=np.int64)
+        add_pairs(pairs, labels, classes)
         last = facts["nmi_with_last"]
         lines.append(
             f"epoch {epoch}: sizes {facts['smallest']} to {facts['largest']}, {facts['empty']} empty, entropy "

@@ -29,7 +29,7 @@ from swav.data.batch import NO_LABEL
 from swav.data.index import DatasetIndex
 from swav.data.source import open_dataset
 from swav.distributed import all_reduce_max, all_reduce_sum, barrier, cores_of_rank, pick_device, process_group, rank
-from swav.ops.agreement import entropy, normalized_mutual_information
+from swav.ops.agreement import add_pairs, entropy, normalized_mutual_information
 from swav.program import run, stop_at_once
 from swav.watchdog import ends_when_stalled, progress
 
@@ -136,18 +136,6 @@ def write_labels(
         }
         for number in range(num_sets)
     ]
-
-
-def add_pairs(pairs_KK: NDArray[np.int64], one_N: NDArray[np.int64], other_N: NDArray[np.int64]) -> None:
-    """Count how many samples have each pair of labels, in place: a shard has far fewer samples than there are pairs.
-
-    Args:
-        pairs_KK: int64 [K, K], contiguous.
-        one_N: int64 [N]; samples with NO_LABEL in either are left out.
-        other_N: int64 [N].
-    """
-    both = (one_N != NO_LABEL) & (other_N != NO_LABEL)
-    np.add.at(pairs_KK.reshape(-1), one_N[both] * len(pairs_KK) + other_N[both], 1)
 
 
 def _segment_labels(work: Workshop, solution: Solution, segment: int) -> NDArray[np.int64]:

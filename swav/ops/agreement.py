@@ -4,30 +4,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def count_pairs(
-    one_N: NDArray[np.int64], other_N: NDArray[np.int64], num_one: int, num_other: int
-) -> NDArray[np.int64]:
-    """How many samples have each pair of labels.
+def add_pairs(pairs: NDArray[np.int64], one_N: NDArray[np.int64], other_N: NDArray[np.int64]) -> None:
+    """Count how many samples have each pair of labels, in place: often there are far fewer samples than pairs.
 
     Args:
-        one_N: int64 [N], from 0 to ``num_one - 1``; samples with a negative label in either are left out.
-        other_N: int64 [N], from 0 to ``num_other - 1``.
-        num_one: labels of the first.
-        num_other: labels of the second.
-
-    Returns:
-        int64 [num_one, num_other]; sums over disjoint samples add up.
+        pairs: int64 [labels of the one, labels of the other], contiguous.
+        one_N: int64 [N]; samples with a negative label in either are left out.
+        other_N: int64 [N].
     """
     both = (one_N >= 0) & (other_N >= 0)
-    pairs = one_N[both] * num_other + other_N[both]
-    return np.bincount(pairs, minlength=num_one * num_other).reshape(num_one, num_other)
+    np.add.at(pairs.reshape(-1), one_N[both] * pairs.shape[1] + other_N[both], 1)
 
 
 def normalized_mutual_information(pairs: NDArray[np.int64]) -> float:
     """Mutual information of two labellings, divided by the mean of their entropies; 1 where both have one label only.
 
     Args:
-        pairs: int64 [.., ..], from :func:`count_pairs`.
+        pairs: int64 [.., ..], from :func:`add_pairs`.
 
     Returns:
         From 0, independent, to 1, equal but for the labels' names; NaN without samples.

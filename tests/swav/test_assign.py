@@ -11,7 +11,7 @@ from swav_testing.banks import NUM_SAMPLES, contents, make_config, make_features
 from swav_testing.ranks import run_ranks
 from swav_testing.runs import tiny_config, write_scenes
 
-from swav.assign import add_pairs, assign, main, remove_old, serve
+from swav.assign import assign, main, remove_old, serve
 from swav.bank.files import bank_folder, labels_folder
 from swav.bank.labels import LabelTables
 from swav.bank.layout import bank_layout, order_epoch_of
@@ -135,14 +135,6 @@ def test_facts_are_those_of_a_recount(data: Path, tmp_path: Path, method: str) -
             expected = recount(labels[:, number], None if before is None else before[:, number])
             assert {name: found[name] for name in expected} == expected
         before = labels
-
-
-def test_pairs_are_counted_without_those_that_lack_a_label() -> None:
-    pairs = np.zeros((3, 3), dtype=np.int64)
-    one, other = np.array([0, 2, 2, NO_LABEL, 1, 2]), np.array([1, 0, 0, 1, NO_LABEL, 2])
-    add_pairs(pairs, one, other)
-    add_pairs(pairs, one[:2], other[:2])
-    assert pairs.tolist() == [[0, 2, 0], [0, 0, 0], [3, 0, 1]]
 
 
 def test_features_of_other_images_are_refused(data: Path, tmp_path: Path) -> None:

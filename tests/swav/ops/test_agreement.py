@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from swav.ops.agreement import entropy, normalized_mutual_information
+from swav.ops.agreement import add_pairs, entropy, normalized_mutual_information
 
 Labels = list[int]
 
@@ -102,3 +102,17 @@ def test_entropy_is_in_bits() -> None:
     assert entropy(np.array([1, 3])) == pytest.approx(0.25 * 2 + 0.75 * math.log2(4 / 3))
     assert entropy(np.zeros(4, dtype=np.int64)) == 0
     assert entropy(np.ones(3000, dtype=np.int64)) == pytest.approx(math.log2(3000))
+
+
+def test_pairs_are_counted_without_those_that_lack_a_label() -> None:
+    pairs = np.zeros((3, 3), dtype=np.int64)
+    one, other = np.array([0, 2, 2, -100, 1, 2]), np.array([1, 0, 0, 1, -100, 2])
+    add_pairs(pairs, one, other)
+    add_pairs(pairs, one[:2], other[:2])
+    assert pairs.tolist() == [[0, 2, 0], [0, 0, 0], [3, 0, 1]]
+
+
+def test_tables_need_not_be_square() -> None:
+    pairs = np.zeros((2, 3), dtype=np.int64)
+    add_pairs(pairs, np.array([0, 1, 1, -100]), np.array([2, 0, 0, 1]))
+    assert pairs.tolist() == [[0, 0, 1], [2, 0, 0]]

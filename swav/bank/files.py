@@ -48,7 +48,7 @@ def read_array(url: str, data: bytes | None = None) -> tuple[NDArray[Any], int]:
     """
     data = storage.read(url) if data is None else data
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
-    if checksum != _CHECKSUM.pack(google_crc32c.value(body)):
+    if not body or checksum != _CHECKSUM.pack(google_crc32c.value(body)):
         raise DamagedError(f"{url} does not have its checksum; restore it, or start over with another --output")
     return np.lib.format.read_array(io.BytesIO(body), allow_pickle=False), _CHECKSUM.unpack(checksum)[0]
 

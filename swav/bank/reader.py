@@ -84,8 +84,15 @@ class BankReader:
             DamagedError: it is not what was published.
             OSError: it cannot be read.
         """
-        name = self.layout.name(number)
-        expected = int(self._checksums[number])
+        features = self._fetch(self.layout.name(number), int(self._checksums[number]))
+        shape = (self.layout.num_crops, self.layout.num_rows(number), self.layout.dim)
+        if features.shape != shape:
+            url = storage.join(self.folder, self.layout.name(number))
+            raise DamagedError(f"{url} has the shape {features.shape}, and the run's images make {shape}; restore it")
+        return features
+
+    def _fetch(self, name: str, expected: int) -> NDArray[np.float16]:
+        """A segment, of which a copy on the local disk is kept where it comes from a store."""
         if self._copies is None:
             return self._read(name, expected)
         copy = self._copies / name

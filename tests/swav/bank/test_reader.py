@@ -11,7 +11,7 @@ from swav_testing.ranks import run_ranks
 from swav_testing.s3 import S3Server, moto_server
 
 from swav import storage
-from swav.bank.files import DamagedError
+from swav.bank.files import DamagedError, read_array, write_array
 from swav.bank.reader import BankReader, with_features
 from swav.distributed import rank, world_size
 
@@ -77,6 +77,18 @@ def test_other_data_or_settings_are_refused_with_both_numbers(folder: Path) -> N
 def test_other_images_in_shards_of_the_same_sizes_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"has data_identity=images of a test, .* make other images"):
         BankReader(str(folder), make_layout(make_index(identity="other images")))
+
+
+def test_a_segment_with_too_few_rows_is_refused(folder: Path) -> None:
+    name = make_layout().name(3)
+    array, _ = read_array(str(folder / name))
+    checksums, _ = read_array(str(folder / "segments.npy"))
+    checksums.reshape(-1)[3] = write_array(str(folder / name), array[:, :-1])
+    facts = json.loads((folder / "manifest.json").read_text())
+    facts["segments_crc32c"] = write_array(str(folder / "segments.npy"), checksums)
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    with BankReader(str(folder), make_layout()) as bank, pytest.raises(DamagedError, match=f"{name} has the shape"):
+        bank.segment(3)
 
 
 def test_a_manifest_of_another_version_is_refused(folder: Path) -> None:

@@ -458,7 +458,7 @@ def test_a_full_disk_at_checkpoint_time_loses_no_step(tmp_path: Path, caplog: py
     ("number", "overrides", "message"),
     [
         (8, ("data.lanes=1",), "2 ranks are more than 1 lanes; raise data.lanes"),
-        (1, (), "fewer than 2 ranks; use at most 1 ranks"),
+        (1, (), "too few for 2 ranks; use at most 1 ranks"),
     ],
 )
 def test_too_many_ranks_are_refused_before_anything_is_written(

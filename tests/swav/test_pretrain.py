@@ -47,7 +47,7 @@ def refused(words: list[str], cache: Path, tmp_path: Path) -> str:
         ("optim.base_rl=1", ["'optim.base_rl'", "the nearest is 'optim.base_lr'"]),
         ("epochs=3", ["unknown setting 'epochs'", "the nearest is 'optim.epochs'"]),
         ("optim.epochs=many", ["optim.epochs='many'", "integer"]),
-        ("optim.epochs=0", ["at least 1", "0"]),
+        ("optim.epochs=-1", ["at least 0", "-1"]),
         ("runtime.precision=fp8", ["runtime.precision='fp8'", "'bf16'"]),
         ("runtime.device=tpu", ["runtime.device='tpu'"]),
         ("optim.warmup_epochs=20", ["optim.warmup_epochs=20", "optim.epochs=2", "shorten"]),

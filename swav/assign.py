@@ -28,7 +28,16 @@ from swav.config import DeepClusterV2Config, PretrainConfig, from_json
 from swav.data.batch import NO_LABEL
 from swav.data.index import DatasetIndex
 from swav.data.source import open_dataset
-from swav.distributed import all_reduce_max, all_reduce_sum, barrier, cores_of_rank, pick_device, process_group, rank
+from swav.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    barrier,
+    cores_of_rank,
+    pick_device,
+    process_group,
+    rank,
+)
 from swav.ops.agreement import add_pairs, entropy, normalized_mutual_information
 from swav.program import run, stop_at_once
 from swav.watchdog import ends_when_stalled, progress
@@ -83,7 +92,7 @@ def assign(
             whole = {"format": LABELS_FORMAT, "epoch": epoch, "method": method.kind, "data_identity": index.identity}
             whole |= {"num_samples": index.num_samples, "num_sets": method.num_sets}
             write_manifest(folder, whole | {"num_prototypes": method.num_prototypes, "sets": facts})
-            work.remove_states(before=sys.maxsize)
+            remove_states(folder, before=sys.maxsize)
             _logger.info("labels of epoch %d published after %.1f s: %s", epoch, time.monotonic() - began, facts)
         barrier()
 
@@ -180,7 +189,7 @@ def remove_old(config: PretrainConfig, index: DatasetIndex, output: storage.Loca
 
 def agreed(question: Callable[[], bool]) -> bool:
     """What rank 0 answers, on every rank."""
-    return bool(all_reduce_max(torch.tensor(int(rank() == 0 and question()))))
+    return any_rank(rank() == 0 and question())
 
 
 def wait_until(ready: Callable[[], bool], what: str, *, seconds: float, every: float) -> None:

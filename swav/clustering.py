@@ -109,11 +109,7 @@ class Workshop:
         progress(self.first_step + iteration)
         if rank() == 0:
             write_array(_state_url(self.folder, iteration), state)
-            self.remove_states(before=iteration)
-
-    def remove_states(self, before: int) -> None:
-        """Remove states that are not needed any more."""
-        remove_states(self.folder, before)
+            remove_states(self.folder, before=iteration)
 
 
 def cluster(work: Workshop, config: DeepClusterV2Config, *, seed: int, epoch: int) -> Solution:

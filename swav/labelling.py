@@ -30,7 +30,7 @@ from swav.data.epochs import epoch_order
 from swav.data.index import DatasetIndex
 from swav.data.loader import LabelSource, Loader
 from swav.data.reader import ShardReader
-from swav.distributed import all_reduce_max, rank
+from swav.distributed import all_reduce_max, any_rank, rank
 from swav.methods.base import autocast
 from swav.methods.offline import Offline
 from swav.program import Stopped
@@ -209,7 +209,7 @@ class HandOver(Unlabelled):
         """Whether an epoch's features have been published, or its labels, after which the features may be gone."""
         folders = (bank_folder(self._output, epoch), labels_folder(self._output, epoch))
         found = rank() == 0 and any(storage.stat(manifest_url(folder)) is not None for folder in folders)
-        return bool(all_reduce_max(torch.tensor(int(found))))
+        return any_rank(found)
 
     def _forward_pass(self, epoch: int) -> None:
         """Compute features of an epoch's images before it trains, each rank its share.
@@ -231,7 +231,7 @@ class HandOver(Unlabelled):
                     embeddings = self._method.embed(batch)
                 bank.append(raw, embeddings)
                 progress()
-                if bool(all_reduce_max(torch.tensor(int(self._is_stopping())))):
+                if any_rank(self._is_stopping()):
                     raise Stopped(f"stopped on request in the pass for features before epoch {epoch}")
             bank.publish(self._prototypes())
 

@@ -36,10 +36,16 @@ def allow(gate: Path, step: int) -> None:
     write_atomic(gate / "allowed", str(step).encode())
 
 
+def take_last(gate: Path, step: int) -> None:
+    """Let a rank that is asked to stop take its step; never takes back what the test allows at the same moment."""
+    write_atomic(gate / "last", str(step).encode())
+
+
 def allowed(gate: Path) -> float:
     """The last step that may begin."""
-    path = gate / "allowed"
-    return int(path.read_text()) if path.exists() else float("inf")
+    if not (gate / "allowed").exists():
+        return float("inf")
+    return max(int(path.read_text()) for path in (gate / "allowed", gate / "last") if path.exists())
 
 
 class NotedStopFlag(StopFlag):
@@ -63,7 +69,7 @@ class GatedLoader(Loader):
                 step = epoch * int(os.environ["STEPS_PER_EPOCH"]) + batch.step + 1
                 while step > allowed(gate):
                     if NotedStopFlag.current is not None and NotedStopFlag.current.is_set:
-                        allow(gate, step)
+                        take_last(gate, step)
                     time.sleep(0.01)
                 record = {"at": time.time_ns(), "life": LIFE, "epoch": epoch, "step": batch.step}
                 record |= {"offset": batch.global_offset, "ids": batch.ids.tolist()}

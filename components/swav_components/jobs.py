@@ -20,6 +20,8 @@ def pretrain(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
 ) -> specs.AppDef:
     """Pretrain a backbone.
 
@@ -33,20 +35,20 @@ def pretrain(
         cpu: cores per node
         gpu: GPUs per node
         memMB: memory per node
+        disk_gb: disk per node, for the cache of images
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
-    return specs.AppDef(
-        name="swav-pretrain",
-        roles=[
-            roles.pretrain(
-                recipe,
-                overrides,
-                data=data,
-                output=output,
-                j=j,
-                image=image,
-                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB),
-            )
-        ],
+    return roles.app(
+        "swav-pretrain",
+        name,
+        roles.pretrain(
+            recipe,
+            overrides,
+            data=data,
+            output=output,
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
     )
 
 
@@ -60,11 +62,15 @@ def deepclusterv2(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    disk_gb: int = 50,
     workers: int = 1,
     assign_image: str = roles.ASSIGN_IMAGE,
     assign_cpu: int = 2,
     assign_gpu: int = 0,
     assign_memMB: int = 8192,
+    assign_disk_gb: int = 50,
+    assign_timeout_hours: Optional[float] = None,
+    name: Optional[str] = None,
 ) -> specs.AppDef:
     """Pretrain a backbone by DeepCluster-v2: a trainer, and beside it an assigner that makes the labels (appendix D).
 
@@ -78,33 +84,35 @@ def deepclusterv2(
         cpu: cores per node of the trainer
         gpu: GPUs per node of the trainer
         memMB: memory per node of the trainer
+        disk_gb: disk per node of the trainer, for the cache of images
         workers: processes of the assigner, e.g. one per GPU
         assign_image: container image of the assigner
         assign_cpu: cores of the assigner
         assign_gpu: GPUs of the assigner
         assign_memMB: memory of the assigner
+        assign_disk_gb: disk of the assigner, for features and labels
+        assign_timeout_hours: for which the assigner waits for features (24 where none is given)
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
-    return specs.AppDef(
-        name="swav-deepclusterv2",
-        roles=[
-            roles.trainer(
-                "deepclusterv2",
-                recipe,
-                overrides,
-                data=data,
-                output=output,
-                j=j,
-                image=image,
-                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB),
-            ),
-            roles.assigner(
-                roles.run_folder(recipe, output),
-                data=data,
-                workers=workers,
-                image=assign_image,
-                resource=specs.resource(cpu=assign_cpu, gpu=assign_gpu, memMB=assign_memMB),
-            ),
-        ],
+    return roles.app(
+        "swav-deepclusterv2",
+        name,
+        roles.trainer(
+            "deepclusterv2",
+            recipe,
+            overrides,
+            data=data,
+            output=output,
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+        roles.assigner(
+            roles.run_folder(recipe, output),
+            data=data,
+            workers=workers,
+            timeout_hours=assign_timeout_hours,
+            node=roles.Node(assign_image, assign_cpu, assign_gpu, assign_memMB, assign_disk_gb),
+        ),
     )
 
 
@@ -118,11 +126,15 @@ def selav2(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    disk_gb: int = 50,
     workers: int = 1,
     assign_image: str = roles.ASSIGN_IMAGE,
     assign_cpu: int = 2,
     assign_gpu: int = 0,
     assign_memMB: int = 8192,
+    assign_disk_gb: int = 50,
+    assign_timeout_hours: Optional[float] = None,
+    name: Optional[str] = None,
 ) -> specs.AppDef:
     """Pretrain a backbone by SeLa-v2: a trainer, and beside it an assigner that makes the labels (appendix D).
 
@@ -136,33 +148,35 @@ def selav2(
         cpu: cores per node of the trainer
         gpu: GPUs per node of the trainer
         memMB: memory per node of the trainer
+        disk_gb: disk per node of the trainer, for the cache of images
         workers: processes of the assigner, e.g. one per GPU
         assign_image: container image of the assigner
         assign_cpu: cores of the assigner
         assign_gpu: GPUs of the assigner
         assign_memMB: memory of the assigner
+        assign_disk_gb: disk of the assigner, for features and labels
+        assign_timeout_hours: for which the assigner waits for features (24 where none is given)
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
-    return specs.AppDef(
-        name="swav-selav2",
-        roles=[
-            roles.trainer(
-                "selav2",
-                recipe,
-                overrides,
-                data=data,
-                output=output,
-                j=j,
-                image=image,
-                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB),
-            ),
-            roles.assigner(
-                roles.run_folder(recipe, output),
-                data=data,
-                workers=workers,
-                image=assign_image,
-                resource=specs.resource(cpu=assign_cpu, gpu=assign_gpu, memMB=assign_memMB),
-            ),
-        ],
+    return roles.app(
+        "swav-selav2",
+        name,
+        roles.trainer(
+            "selav2",
+            recipe,
+            overrides,
+            data=data,
+            output=output,
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+        roles.assigner(
+            roles.run_folder(recipe, output),
+            data=data,
+            workers=workers,
+            timeout_hours=assign_timeout_hours,
+            node=roles.Node(assign_image, assign_cpu, assign_gpu, assign_memMB, assign_disk_gb),
+        ),
     )
 
 
@@ -174,6 +188,9 @@ def assign(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    disk_gb: int = 50,
+    timeout_hours: Optional[float] = None,
+    name: Optional[str] = None,
 ) -> specs.AppDef:
     """Make the labels of a DeepCluster-v2 or SeLa-v2 run whose trainer works elsewhere (appendix D).
 
@@ -185,18 +202,20 @@ def assign(
         cpu: cores
         gpu: GPUs
         memMB: memory
+        disk_gb: disk, for features and labels
+        timeout_hours: for which it waits for features (24 where none is given)
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
-    return specs.AppDef(
-        name="swav-assign",
-        roles=[
-            roles.assigner(
-                output,
-                data=data,
-                workers=workers,
-                image=image,
-                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB),
-            )
-        ],
+    return roles.app(
+        "swav-assign",
+        name,
+        roles.assigner(
+            output,
+            data=data,
+            workers=workers,
+            timeout_hours=timeout_hours,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
     )
 
 
@@ -206,10 +225,12 @@ def knn(
     test: Optional[str] = None,
     output: Optional[str] = None,
     k: Optional[List[int]] = None,
-    image: str = roles.IMAGE,
+    image: str = roles.EVAL_IMAGE,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
 ) -> specs.AppDef:
     """Judge a backbone by its nearest neighbours (appendix B.6).
 
@@ -223,18 +244,101 @@ def knn(
         cpu: cores
         gpu: GPUs
         memMB: memory
+        disk_gb: disk, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
-    return specs.AppDef(
-        name="swav-knn",
-        roles=[
-            roles.knn(
-                backbone,
-                train,
-                test=test,
-                output=output,
-                num_neighbors=k,
-                image=image,
-                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB),
-            )
-        ],
+    return roles.app(
+        "swav-knn",
+        name,
+        roles.knn(
+            backbone,
+            train,
+            test=test,
+            output=output,
+            num_neighbors=k,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def shards(
+    source: str,
+    out: str,
+    samples_per_shard: Optional[int] = None,
+    bytes_per_shard: Optional[int] = None,
+    shuffle: Optional[int] = None,
+    image: str = roles.IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Write images as webdataset shards with an index.
+
+    Args:
+        source: folder of images, flat or one subfolder per class; .csv or .jsonl list of them; or tars
+        out: new folder for the shards, local or s3://bucket/prefix
+        samples_per_shard: images per shard
+        bytes_per_shard: bytes per shard
+        shuffle: seed to shuffle the images by; without one they stay in sorted order
+        image: container image, where the scheduler uses one
+        cpu: cores
+        gpu: GPUs
+        memMB: memory
+        disk_gb: disk, for shards that are being written
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-shards",
+        name,
+        roles.shards(
+            source,
+            out,
+            options=[
+                *roles.option("samples-per-shard", samples_per_shard),
+                *roles.option("bytes-per-shard", bytes_per_shard),
+                *roles.option("shuffle", shuffle),
+            ],
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def doctor(
+    *options: str,
+    output: str,
+    data: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Check the nodes of a long run before it: storage, collectives, clocks, disks, and that all have one image.
+
+    Args:
+        options: further options of python -m swav.doctor, after --, e.g. --recipe demo --min-free-disk-gb 100
+        output: folder that the run would write
+        data: images of the run
+        j: nodes and processes of the run, [[<min nodes>:]<nodes>x]<processes per node>
+        image: container image of the run, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-doctor",
+        name,
+        roles.doctor(
+            output,
+            data=data,
+            options=options,
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
     )

@@ -5,11 +5,13 @@ What a user asks for is checked here, where the job is submitted, and without to
 """
 
 import os
+import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torchx import specs
 from torchx.components import dist
@@ -18,23 +20,84 @@ from torchx.specs.finder import ComponentValidationException
 import swav
 from swav.config import PretrainConfig
 from swav.recipes import configure, get_recipe, recipe_names
+from swav.storage import join
 
 IMAGE = f"swav-pretrain:{swav.__version__}"
 ASSIGN_IMAGE = f"swav-assign:{swav.__version__}"
+EVAL_IMAGE = f"swav-eval:{swav.__version__}"
 
 _RENDEZVOUS_PORT = 29500
 
+T = TypeVar("T")
 
+
+@dataclass(frozen=True)
+class Node:
+    """What each node of a role offers."""
+
+    image: str
+    cpu: int
+    gpu: int
+    mem_mb: int
+    disk_gb: int
+
+
+@dataclass
 class ProgramRole(specs.Role):
-    """A role whose ``python``, where it runs beside the launcher, is the launcher's own."""
+    """A role that runs a program of ours.
+
+    Its ``python``, where it runs beside the launcher, is the launcher's own; on a cluster its pod is as
+    :mod:`swav_components.pods` says.
+    """
+
+    kind: str = "trainer"  # or assigner, evaluator, shards, doctor: what a cluster lets it do
+    job_name: str | None = None  # where the job's name was chosen
+    disk_gb: int = 50  # of each node, for the cache
+    urls: dict[str, str] = field(default_factory=dict)  # by option: what it reads and writes
 
     def pre_proc(self, scheduler: str, dryrun_info: specs.AppDryRunInfo[Any]) -> specs.AppDryRunInfo[Any]:
         """Put this interpreter's folder first on the path of local processes, virtual environment active or not."""
         if scheduler == "local":
+            if self.job_name is not None:
+                dryrun_info.request = replaced(dryrun_info.request, dryrun_info.request.app_id, self.job_name)
             here = str(Path(sys.executable).parent)
             for replica in dryrun_info.request.role_params[self.name]:
                 replica.env["PATH"] = os.pathsep.join(filter(None, [here, replica.env.get("PATH")]))
         return dryrun_info
+
+
+def replaced(value: T, old: str, new: str) -> T:
+    """A request with another name in every text of it."""
+    found: Any = value
+    if isinstance(found, str):
+        found = found.replace(old, new)
+    elif isinstance(found, list):
+        found = [replaced(part, old, new) for part in found]
+    elif isinstance(found, dict):
+        found = {key: replaced(part, old, new) for key, part in found.items()}
+    elif is_dataclass(found) and not isinstance(found, type):
+        found = replace(found, **{one.name: replaced(getattr(found, one.name), old, new) for one in fields(found)})
+    return found  # type: ignore[no-any-return]
+
+
+def app(title: str, name: str | None, *roles: ProgramRole) -> specs.AppDef:
+    """A job of these roles.
+
+    Args:
+        title: what kind of job it is.
+        name: of this very job, so that submitting it once more is recognised; without one TorchX makes one up.
+        roles: of the job.
+
+    Raises:
+        ComponentValidationException: nothing can be called so.
+    """
+    if name is not None and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        raise ComponentValidationException(
+            f"--name {name}: a job's name has lower-case letters, digits and dashes, a letter first, e.g. photos-1"
+        )
+    for role in roles:
+        role.job_name = name
+    return specs.AppDef(name=title, roles=list(roles))
 
 
 def pretrain(
@@ -44,9 +107,8 @@ def pretrain(
     data: str | None,
     output: str | None,
     j: str,
-    image: str,
-    resource: specs.Resource,
-) -> specs.Role:
+    node: Node,
+) -> ProgramRole:
     """The trainer: one plain process, or data parallel under :mod:`swav.elastic`, which starts again what crashes.
 
     Args:
@@ -55,20 +117,36 @@ def pretrain(
         data: in place of the recipe's images.
         output: folder of the run.
         j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
-        image: container image.
-        resource: of one node.
+        node: where it runs.
 
     Raises:
         ComponentValidationException: the recipe or an override is refused.
     """
     settings = list(overrides)
     configured(recipe, settings, data)
+    role = program(
+        "swav.pretrain",
+        [*option("recipe", recipe), *option("data", data), *option("output", output), *settings],
+        node=node,
+        urls={"data": data, "output": output},
+    )
+    return on_nodes(role, j)
+
+
+def on_nodes(role: ProgramRole, j: str) -> ProgramRole:
+    """A role's program as the ranks of some nodes, under :mod:`swav.elastic` where they are more than one.
+
+    Args:
+        role: of one process; changed.
+        j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
+
+    Raises:
+        ComponentValidationException: ``j`` is of another form.
+    """
     try:
         min_nodes, max_nodes, num_processes, nodes = dist.parse_nnodes(j)
     except ValueError as error:
         raise ComponentValidationException(str(error)) from error
-    arguments = [*option("recipe", recipe), *option("data", data), *option("output", output), *settings]
-    role = program("swav.pretrain", arguments, image=image, resource=resource)
     if max_nodes == num_processes == 1:
         return role
     launch = f"-m swav.elastic --nnodes={nodes} --nproc-per-node={num_processes}"
@@ -93,9 +171,8 @@ def trainer(
     data: str | None,
     output: str | None,
     j: str,
-    image: str,
-    resource: specs.Resource,
-) -> specs.Role:
+    node: Node,
+) -> ProgramRole:
     """The trainer of a method that needs an assigner beside it.
 
     Args:
@@ -105,8 +182,7 @@ def trainer(
         data: in place of the recipe's images.
         output: folder of the run.
         j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
-        image: container image.
-        resource: of one node.
+        node: where it runs.
 
     Raises:
         ComponentValidationException: the recipe or an override is refused, or the run is of another method.
@@ -120,27 +196,41 @@ def trainer(
             f'{fitting}, or set method=\'{{"kind": "{kind}"}}\''
         )
     run = run_folder(recipe, output)
-    role = pretrain(recipe, settings, data=data, output=run, j=j, image=image, resource=resource)
+    role = pretrain(recipe, settings, data=data, output=run, j=j, node=node)
     role.name = "trainer"
     return role
 
 
-def assigner(output: str, *, data: str | None, workers: int, image: str, resource: specs.Resource) -> specs.Role:
+def assigner(
+    output: str,
+    *,
+    data: str | None,
+    workers: int,
+    timeout_hours: float | None,
+    node: Node,
+) -> ProgramRole:
     """The assigner of a run: workers of one node under :mod:`swav.elastic`, which starts again what crashes.
 
     Args:
         output: folder of the run.
         data: the run's images, where the trainer was given them too, or where they are found elsewhere.
         workers: processes.
-        image: container image.
-        resource: of the node.
+        timeout_hours: for which it waits for features; the program's own limit where none is given.
+        node: where it runs.
 
     Raises:
         ComponentValidationException: there are no workers.
     """
     if workers < 1:
         raise ComponentValidationException(f"--workers {workers}: the assigner needs at least 1")
-    role = program("swav.assign", [*option("output", output), *option("data", data)], image=image, resource=resource)
+    seconds = None if timeout_hours is None else round(timeout_hours * 3600)
+    role = program(
+        "swav.assign",
+        [*option("output", output), *option("data", data), *option("timeout-seconds", seconds)],
+        node=node,
+        kind="assigner",
+        urls={"data": data, "output": output},
+    )
     role.args = ["-m", "swav.elastic", "--standalone", f"--nproc-per-node={workers}", *role.args]
     role.name = "assigner"
     return role
@@ -160,7 +250,7 @@ def configured(recipe: str, overrides: Iterable[str], data: str | None) -> Pretr
 
 def run_folder(recipe: str, output: str | None) -> str:
     """The run's folder: without one given, the trainer's own default, said to both sides."""
-    return output or f"runs/{recipe}"
+    return output or join(os.environ.get("SWAV_RUNS", "runs"), recipe)
 
 
 def knn(
@@ -170,9 +260,8 @@ def knn(
     test: str | None,
     output: str | None,
     num_neighbors: Iterable[int] | None,
-    image: str,
-    resource: specs.Resource,
-) -> specs.Role:
+    node: Node,
+) -> ProgramRole:
     """The k-NN evaluation, in one process.
 
     Args:
@@ -181,35 +270,97 @@ def knn(
         test: labelled images to classify, if they are others.
         output: file for the result.
         num_neighbors: one result for each.
-        image: container image.
-        resource: of the process.
+        node: where it runs.
     """
-    arguments = [
-        *option("backbone", backbone),
-        *option("train", train),
-        *option("test", test),
-        *option("output", output),
-        *option("k", *(num_neighbors or ())),
-    ]
-    return program("swav_eval.knn", arguments, image=image, resource=resource)
+    urls = {"backbone": backbone, "train": train, "test": test, "output": output}
+    arguments = [word for name, url in urls.items() for word in option(name, url)]
+    return program(
+        "swav_eval.knn",
+        [*arguments, *option("k", *(num_neighbors or ()))],
+        node=node,
+        kind="evaluator",
+        urls=urls,
+    )
 
 
-def program(module: str, arguments: Iterable[str], *, image: str, resource: specs.Resource) -> ProgramRole:
+def shards(
+    source: str,
+    out: str,
+    *,
+    options: Iterable[str],
+    node: Node,
+) -> ProgramRole:
+    """What writes images as webdataset shards, in one process.
+
+    Args:
+        source: images, or tars.
+        out: new folder for the shards.
+        options: of the program.
+        node: where it runs.
+    """
+    return program(
+        "swav.data.write_shards",
+        [source, out, *options],
+        node=node,
+        kind="shards",
+        urls={"source": source, "out": out},
+    )
+
+
+def doctor(
+    output: str,
+    *,
+    data: str | None,
+    options: Iterable[str],
+    j: str,
+    node: Node,
+) -> ProgramRole:
+    """The check before a long run, on the nodes that it would have.
+
+    Args:
+        output: where the run would write.
+        data: its images.
+        options: further ones of the program.
+        j: nodes and processes as of the run.
+        node: where it runs.
+    """
+    role = program(
+        "swav.doctor",
+        [*option("output", output), *option("data", data), *options],
+        node=node,
+        kind="doctor",
+        urls={"data": data, "output": output},
+    )
+    return on_nodes(role, j)
+
+
+def program(
+    module: str,
+    arguments: Iterable[str],
+    *,
+    node: Node,
+    kind: str = "trainer",
+    urls: Mapping[str, str | None],
+) -> ProgramRole:
     """One process of a module of ours.
 
     Args:
         module: run with ``python -m``; its last part names the role.
         arguments: of the program, taken literally.
-        image: container image.
-        resource: of the process.
+        node: where it runs.
+        kind: of :class:`ProgramRole`.
+        urls: by option; those that are not given are left out.
     """
     literal = [argument.replace("$", "$$") for argument in arguments]  # TorchX substitutes ${...} in what it is given
     return ProgramRole(
-        name=module.rpartition(".")[2],
-        image=image,
+        name="shards" if kind == "shards" else module.rpartition(".")[2],
+        image=node.image,
         entrypoint="python",
         args=["-m", module, *literal],
-        resource=resource,
+        resource=specs.resource(cpu=node.cpu, gpu=node.gpu, memMB=node.mem_mb),
+        kind=kind,
+        disk_gb=node.disk_gb,
+        urls={name: url for name, url in urls.items() if url is not None},
     )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from torchx import specs
-from torchx.schedulers import kubernetes_scheduler
 from torchx.schedulers.local_scheduler import create_scheduler
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
@@ -46,8 +45,9 @@ def _of(kind: str, **settings: object) -> str:
 def test_components_are_found_beside_the_built_in_ones() -> None:
     components = get_components()
     assert {"dist.ddp", "utils.echo"} <= set(components)
-    ours = {"swav.pretrain", "swav.deepclusterv2", "swav.selav2", "swav.assign", "swav.knn"}
-    assert {name for name in components if name.startswith("swav.")} == ours
+    ours = {name for name in components if name.startswith("swav.")}
+    assert ours == {f"swav.{name}" for name, _ in inspect.getmembers(jobs, inspect.isfunction)}
+    assert {"swav.pretrain", "swav.deepclusterv2", "swav.selav2", "swav.assign", "swav.knn", "swav.shards"} <= ours
 
 
 @pytest.mark.parametrize("name", [name for name, _ in inspect.getmembers(jobs, inspect.isfunction)])
@@ -166,22 +166,54 @@ def test_the_assigners_folder_arrives_as_written(text: str) -> None:
     assert command == [*launch, "--output", text]
 
 
-def test_kubernetes_gets_a_task_for_each_side() -> None:
-    app = jobs.deepclusterv2(_of("deepclusterv2"), recipe="demo", output="s3://bucket/run", j="2x4")
-    request = kubernetes_scheduler.create_scheduler("test").submit_dryrun(app, {"queue": "default"}).request
-    images = {
-        task["name"]: [container.image for container in task["template"].spec.containers]
-        for task in request.resource["spec"]["tasks"]
-    }
-    assert images == {"trainer-0": [roles.IMAGE], "trainer-1": [roles.IMAGE], "assigner-0": [roles.ASSIGN_IMAGE]}
-
-
 def test_knn_passes_only_what_is_given() -> None:
     ((bare, _),) = _replicas(materialize_appdef(jobs.knn, ["--backbone", "b.pt", "--train", "photos"]))
     assert bare == ["python", "-m", "swav_eval.knn", "--backbone", "b.pt", "--train", "photos"]
     arguments = ["--backbone", "b.pt", "--train", "photos", "--test", "held-out", "--output", "knn.json"]
     ((full, _),) = _replicas(materialize_appdef(jobs.knn, [*arguments, "--k", "20,200"]))
     assert full == ["python", "-m", "swav_eval.knn", *arguments, "--k", "20", "200"]
+
+
+def test_shards_and_doctor_pass_their_options() -> None:
+    ((command, _),) = _replicas(materialize_appdef(jobs.shards, ["--source", "photos", "--out", "s3://b/s"]))
+    assert command == ["python", "-m", "swav.data.write_shards", "photos", "s3://b/s"]
+    sizes = ["--samples_per_shard", "10", "--bytes_per_shard", "99", "--shuffle", "7"]
+    ((command, _),) = _replicas(materialize_appdef(jobs.shards, ["--source", "photos", "--out", "s3://b/s", *sizes]))
+    assert command[5:] == [word.replace("_", "-") for word in sizes]
+    arguments = ["--output", "s3://b/run", "-j", "1x2", "--", "--recipe", "demo", "--min-free-disk-gb", "9"]
+    ((command, _),) = _replicas(materialize_appdef(jobs.doctor, arguments))
+    assert command[-8:] == ["-m", "swav.doctor", "--output", "s3://b/run", *arguments[5:]]
+
+
+@pytest.mark.parametrize("job", [jobs.pretrain, *OFFLINE])
+@pytest.mark.parametrize("j", ["1x1", "1:2x4"])
+def test_a_chosen_name_is_the_local_jobs_own(job: Callable[..., specs.AppDef], j: str) -> None:
+    method = [] if job is jobs.pretrain else [_of(job.__name__)]
+    app = job(*method, recipe="demo", j=j, name="photos-1")
+    request = create_scheduler("test").submit_dryrun(app, {"log_dir": "logs"}).request
+    assert request.app_id == "photos-1"
+    assert request.log_dir == "logs/test/photos-1"
+    replica = next(iter(request.role_params.values()))[0]
+    assert replica.stdout == f"logs/test/photos-1/{app.roles[0].name}/0/stdout.log"
+    assert ("--rdzv-id=photos-1" in " ".join(replica.args)) == (j != "1x1")
+
+
+@pytest.mark.parametrize("name", ["Photos", "1photos", "a_b", "a.b", "", "a-"])
+def test_a_name_that_no_cluster_takes_is_refused(name: str) -> None:
+    with pytest.raises(ComponentValidationException, match="lower-case letters, digits and dashes"):
+        jobs.pretrain(recipe="demo", name=name)
+
+
+def test_runs_go_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAV_RUNS", "s3://bucket/runs")
+    for role in jobs.selav2(_of("selav2"), recipe="demo").roles:
+        assert role.args[role.args.index("--output") + 1] == "s3://bucket/runs/demo"
+
+
+def test_the_assigner_waits_as_long_as_is_said() -> None:
+    assert jobs.assign("run", timeout_hours=0.5).roles[0].args[-2:] == ["--timeout-seconds", "1800"]
+    _, assigner = jobs.selav2(_of("selav2"), recipe="demo", assign_timeout_hours=2).roles
+    assert assigner.args[-2:] == ["--timeout-seconds", "7200"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +253,10 @@ def test_dry_run_works_from_the_repository_root() -> None:
 def test_submitting_imports_no_torch() -> None:
     code = (
         "import sys; from swav_components import jobs; jobs.pretrain(recipe='demo', j='1:2x8'); jobs.knn('b', 't');"
-        "jobs.assign('r'); jobs.selav2(recipe='selav2_r50_2x224_400ep', data='d');"
+        "jobs.assign('r'); jobs.shards('a', 'b'); jobs.doctor(output='r');"
+        "from swav_components import schedulers;"
+        "schedulers.create_scheduler('s').submit_dryrun(jobs.pretrain(recipe='demo'), {});"
+        "jobs.selav2(recipe='selav2_r50_2x224_400ep', data='d');"
         "sys.exit('torch' in sys.modules)"
     )
     source_roots = os.pathsep.join(str(ROOT / folder) for folder in ("", "eval", "components"))
@@ -231,5 +266,6 @@ def test_submitting_imports_no_torch() -> None:
 def test_default_image_has_the_version_of_this_code() -> None:
     assert jobs.pretrain(recipe="demo").roles[0].image == roles.IMAGE
     assert jobs.assign("run").roles[0].image == roles.ASSIGN_IMAGE
-    for image in (roles.IMAGE, roles.ASSIGN_IMAGE):
+    assert jobs.knn("b", "t").roles[0].image == roles.EVAL_IMAGE
+    for image in (roles.IMAGE, roles.ASSIGN_IMAGE, roles.EVAL_IMAGE):
         assert image.rpartition(":")[2] not in ("", "latest")

@@ -8,7 +8,7 @@ S3RVER := $(VENV)/s3rver/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: demo test lint format setup hooks images clean
+.PHONY: demo test lint format setup hooks images lock clean
 
 demo: $(STAMP)
 	$(BIN)/python -m swav.pretrain --recipe demo --output runs/demo
@@ -49,8 +49,32 @@ $(S3RVER): tests/support/s3rver/package-lock.json $(STAMP)
 hooks: $(STAMP)
 	$(BIN)/pre-commit install
 
+# Images: TAG, another engine (DOCKER), and arguments of every build (IMAGE_ARGS, see docs/images.md) may be given.
+DOCKER ?= docker
+TAG ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' swav/__init__.py)
+BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(IMAGE_ARGS) --build-arg VERSION=$(TAG) \
+	--build-arg REVISION=$$(git describe --always --abbrev=40 --dirty) \
+	--build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$$(git config --get remote.origin.url || echo unknown)
+
 images:
-	docker build --tag swav-pretrain:$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' swav/__init__.py) .
+	$(BUILD) --target python --tag swav-python:$(TAG) .
+	$(BUILD) --target wheel --tag swav-wheel:$(TAG) .
+	$(BUILD) --target pretrain --tag swav-pretrain:$(TAG) .
+	$(BUILD) --build-arg BASE=swav-pretrain:$(TAG) --tag swav-assign:$(TAG) images/assign
+	$(BUILD) --build-arg BASE=swav-pretrain:$(TAG) --tag swav-eval:$(TAG) images/eval
+	$(BUILD) --build-arg BASE=swav-python:$(TAG) --build-arg WHEEL=swav-wheel:$(TAG) --tag swav-launcher:$(TAG) \
+		--file images/launcher/Dockerfile .
+
+# The images' packages with their hashes, from constraints.txt. GPU: what comes with torch, and with another torch does not.
+LOCK = uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command "make lock" --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --constraint constraints.txt
+GPU = $(shell sed -nE 's/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==.*/--no-emit-package \1/p' constraints.txt)
+
+lock:
+	echo torch torchvision | tr ' ' '\n' | $(LOCK) --output-file images/locks/torch.txt -
+	$(LOCK) --extra train $(GPU) --output-file images/locks/train.txt pyproject.toml
+	$(LOCK) --extra launch --output-file images/locks/launch.txt pyproject.toml
+	echo setuptools cyclonedx-bom | tr ' ' '\n' | $(LOCK) --output-file images/locks/build.txt -
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

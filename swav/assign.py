@@ -6,7 +6,6 @@ and shares nothing with the trainer but the run's folder. The same features give
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from swav import storage
+from swav import storage, telemetry
 from swav.bank.files import bank_folder, labels_folder, manifest_url, read_manifest, write_array, write_manifest
 from swav.bank.labels import LABELS_FORMAT, LabelTables, LabelWriter, decoded, table_url
 from swav.bank.layout import bank_layout, order_epoch_of
@@ -38,6 +37,7 @@ from swav.distributed import (
     process_group,
     rank,
 )
+from swav.logs import set_context, start_logging
 from swav.ops.agreement import add_pairs, entropy, normalized_mutual_information
 from swav.program import run, stop_at_once
 from swav.watchdog import ends_when_stalled, progress
@@ -77,6 +77,8 @@ def assign(
     method = config.offline
     assert method is not None
     began = time.monotonic()
+    set_context(epoch=epoch)
+    telemetry.show(assign_epoch=epoch, assign_iteration=0)
     layout = bank_layout(config, index, order_epoch_of(config, epoch))
     num_threads = cores_of_rank() if device.type == "cpu" else 2
     with BankReader(bank_folder(output, epoch), layout) as bank, threadpool_limits(1):
@@ -93,6 +95,7 @@ def assign(
             whole |= {"num_samples": index.num_samples, "num_sets": method.num_sets}
             write_manifest(folder, whole | {"num_prototypes": method.num_prototypes, "sets": facts})
             remove_states(folder, before=sys.maxsize)
+            telemetry.show(labels_age_seconds=time.monotonic())
             _logger.info("labels of epoch %d published after %.1f s: %s", epoch, time.monotonic() - began, facts)
         barrier()
 
@@ -270,14 +273,15 @@ def main(arguments: list[str] | None = None) -> int:
     # Longer than the trainer's: workers meet only after each pass over their features.
     parser.add_argument("--collective-timeout-seconds", type=float, default=1800.0)
     parser.add_argument("--stalled-after-seconds", type=float, default=600.0)
+    start_logging()
     options = parser.parse_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    set_context(run=options.output)
     torch.set_num_threads(1)  # a block is one thread's, whatever the number of threads: so its last bits are the same
 
     def body() -> None:
         device = pick_device(options.device)
         with (
+            telemetry.reporting(),
             ends_when_stalled(options.stalled_after_seconds),
             stop_at_once("stopped on request; what iterations have found is saved"),
             process_group(device, options.collective_timeout_seconds),

@@ -10,13 +10,14 @@ import io
 import json
 import logging
 import re
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from swav import storage
+from swav import storage, telemetry
 from swav.storage import Location, join, write_atomic
 
 FORMAT = "swav.checkpoint/1"
@@ -55,11 +56,12 @@ class CheckpointWriter:
             RuntimeError: three writes in a row failed.
         """
         self.wait()
+        telemetry.saving(step)
         if not self._enabled:
             return
         if self._failures >= _MAX_FAILURES:
             self._give_up()
-        self._write_under_way = self._pool.submit(self._write, step, _to_host(state))
+        self._write_under_way = self._pool.submit(self._write, step, _to_host(state), time.monotonic())
 
     def wait(self) -> None:
         """Wait until the last write has ended, well or badly."""
@@ -89,7 +91,7 @@ class CheckpointWriter:
             "Free space or mend the storage, then run the same command again to resume"
         ) from self._failure
 
-    def _write(self, step: int, snapshot: dict[str, Any]) -> None:
+    def _write(self, step: int, snapshot: dict[str, Any], taken_at: float) -> None:
         buffer = io.BytesIO()
         torch.save(snapshot, buffer)
         data = buffer.getbuffer()
@@ -109,6 +111,7 @@ class CheckpointWriter:
             )
             return
         self._failures, self._failure = 0, None
+        telemetry.show(checkpoint_age_seconds=taken_at)
 
     def _remove_all_but(self, newest: int) -> None:
         """Remove old checkpoints, broken ones that the run was resumed before, and what killed writers left."""

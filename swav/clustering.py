@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from swav import rng, storage
+from swav import rng, storage, telemetry
 from swav.bank.files import read_array, write_array
 from swav.bank.reader import BankReader, with_features
 from swav.config import DeepClusterV2Config, SelaV2Config
@@ -107,6 +107,7 @@ class Workshop:
     def save_state(self, iteration: int, state: NDArray[Any]) -> None:
         """Keep what an iteration left; older states go."""
         progress(self.first_step + iteration)
+        telemetry.show(assign_iteration=iteration)
         if rank() == 0:
             write_array(_state_url(self.folder, iteration), state)
             remove_states(self.folder, before=iteration)

@@ -31,7 +31,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api as launcher
 
+from swav.life import Life
+from swav.logs import start_logging
 from swav.program import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER_FOLDER, LAUNCHER_PID, SAID
+from swav.telemetry import forget_ranks, launcher_endpoint
 from swav.watchdog import last_step
 
 # Each loss of a peer costs every surviving node one restart; a long run on preemptible nodes sees many.
@@ -66,19 +69,28 @@ class Agent(LocalElasticAgent):
     """Torch's agent of one host, which looks at its workers' exit statuses before it restarts them."""
 
     def __init__(
-        self, *arguments: Any, folder: Path, max_futile_restarts: int, timeout_seconds: float, **settings: Any
+        self,
+        *arguments: Any,
+        folder: Path,
+        life: Life,
+        max_futile_restarts: int,
+        timeout_seconds: float,
+        **settings: Any,
     ) -> None:
         """Prepare.
 
         Args:
             arguments: of torch's agent.
             folder: shared with the workers of this host.
+            life: told what becomes of them.
             max_futile_restarts: restarts in a row after which the run has got no further.
             timeout_seconds: between two looks at the workers, after which this agent ends itself.
             settings: of torch's agent.
         """
         super().__init__(*arguments, **settings)
         self._folder = folder
+        self._life = life
+        self._num_starts = 0
         self._max_futile_restarts = max_futile_restarts
         self._timeout_seconds = timeout_seconds
         self._num_futile = 0
@@ -114,16 +126,25 @@ class Agent(LocalElasticAgent):
         faulthandler.cancel_dump_traceback_later()  # other nodes may be long in coming
         for path in self._folder.glob(SAID + "*"):
             path.unlink()
+        self._life.ranks_end("the other nodes")
+        forget_ranks(self._life)
         try:
             super()._initialize_workers(worker_group)
         except RendezvousClosedError:
             self._follow_verdict()
             raise
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._life.num_restarts, self._num_starts = self._num_starts, self._num_starts + 1
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        self._life.ranks_start(worker_group.workers[0].world_size)
+        return started
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
+            self._life.ranks_end("the other nodes' ranks to end")
             faulthandler.cancel_dump_traceback_later()  # the exit barrier comes
             self._tell(0, "the run is done")
         elif result.state is WorkerState.FAILED:
@@ -135,6 +156,7 @@ class Agent(LocalElasticAgent):
 
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
         faulthandler.cancel_dump_traceback_later()  # the workers may need their time to save
+        self._life.ranks_end("this pod's ranks to save and end")
         super()._shutdown(*arguments, **settings)
 
     def _judge(self, exit_statuses: list[int]) -> None:
@@ -269,15 +291,18 @@ def launch(options: argparse.Namespace) -> int:
         signal.signal(signum, _stop)
     with tempfile.TemporaryDirectory(prefix="swav-elastic-") as folder:
         os.environ |= {LAUNCHER_FOLDER: folder, LAUNCHER_PID: str(os.getpid())}
+        life = Life(Path(folder))
         agent = partial(
             Agent,
             folder=Path(folder),
+            life=life,
             max_futile_restarts=options.max_futile_restarts,
             timeout_seconds=options.agent_timeout_seconds,
         )
         try:
             vars(launcher)["LocalElasticAgent"] = agent  # torch has no other way to give it another
-            record(torchrun.run)(options)
+            with launcher_endpoint(life):
+                record(torchrun.run)(options)
         except Ended as ended:
             _logger.log(logging.ERROR if ended.status else logging.INFO, "%s (exit status %d)", ended, ended.status)
             return ended.status
@@ -295,7 +320,7 @@ def launch(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_logging(logging.WARNING)
     try:
         return launch(parse(arguments))
     except ValueError as error:

@@ -13,11 +13,11 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from swav import storage
+from swav import storage, telemetry
 from swav.config import PretrainConfig, SwavConfig
 from swav.distributed import all_reduce_sum, rank, world_size
+from swav.logs import progress_bar, set_context
 from swav.storage import Location, join, local_path, write_atomic
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Report:
         self._config = config
         self._log = MetricsLog(join(output, "metrics.jsonl"), resume_step=step) if rank() == 0 else None
         epochs_done, rest = divmod(step, steps_per_epoch)
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=num_samples * config.optim.epochs,
             initial=num_samples * epochs_done + min(num_samples, rest * config.optim.global_batch),
             desc=config.name,
@@ -120,8 +120,10 @@ class Report:
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         self._pending: tuple[int, Tensor] | None = None
-        self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+        self._begin_window(step)
+        self._step_began = self._since
         self._storage_counts: dict[str, int] = {}
+        telemetry.begin_training(step)
         self._write(step, event="start", world_size=world_size(), torch_version=torch.__version__)
 
     def __enter__(self) -> Self:
@@ -139,12 +141,15 @@ class Report:
         """Pass the batches on, adding up how long the loop waits for them; leaving the block ends them."""
 
         def pass_on() -> Iterator[T]:
+            is_first = True  # waits for the loader to start
             while True:
                 before = time.monotonic()
                 batch = next(batches, None)
-                self._waited_seconds += time.monotonic() - before
+                now = time.monotonic()
+                self._waited_seconds += now - before
                 if batch is None:
                     return
+                self._step_began, is_first = now if is_first else before, False
                 yield batch
 
         with contextlib.closing(batches):
@@ -158,7 +163,9 @@ class Report:
         except FloatingPointError as error:
             raise self._divergence(step, str(error)) from error
 
-    def step(self, step: int, *, epoch: int, num_images: int, lr: float, metrics: dict[str, Tensor]) -> None:
+    def step(
+        self, step: int, *, epoch: int, num_images: int, own_images: int, lr: float, metrics: dict[str, Tensor]
+    ) -> None:
         """Take note of a step that is done.
 
         The loss is looked at one step late, so that a GPU need not be waited for.
@@ -167,6 +174,7 @@ class Report:
             step: of the whole run, counting the one that is done.
             epoch: the running one.
             num_images: of the global batch.
+            own_images: of them, those of this rank.
             lr: learning rate of the step.
             metrics: scalars of the global batch, ``loss`` among them.
         """
@@ -177,18 +185,19 @@ class Report:
             self.check_finite()
             seconds = time.monotonic() - self._since
             values = {name: float(value) for name, value in metrics.items()}
-            self._write(
-                step,
-                epoch=epoch,
-                **values,
-                learning_rate=lr,
-                images_per_second=self._images / seconds,
-                data_wait_fraction=self._waited_seconds / seconds,
-                **_device_memory(metrics["loss"].device),
-            )
+            rates = {
+                "learning_rate": lr,
+                "images_per_second": self._images / seconds,
+                "data_wait_fraction": self._waited_seconds / seconds,
+            }
+            self._write(step, epoch=epoch, **values, **rates, **_device_memory(metrics["loss"].device))
+            num_steps = max(1, step - self._logged_step)
+            telemetry.show(loss=values["loss"], step_seconds=seconds / num_steps, **rates)
             self._bar.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", lr=f"{lr:.3g}", refresh=False)
-            self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+            self._begin_window(step)
         self._bar.update(num_images)
+        set_context(step=step, epoch=epoch)
+        telemetry.step_done(step, epoch=epoch, num_images=own_images, seconds=time.monotonic() - self._step_began)
 
     def check_finite(self) -> None:
         """Stop on a loss that is not finite.
@@ -204,7 +213,7 @@ class Report:
 
     def labels(self, step: int, epoch: int, facts: dict[str, Any]) -> None:
         """Write what an assigner says of an epoch's labels; waiting for them is not counted into the images/s."""
-        self._images, self._waited_seconds, self._since = 0, 0.0, time.monotonic()
+        self._begin_window(step)
         self._write(step, event="labels", epoch=epoch, **facts)
 
     def epoch(self, step: int, epoch: int, counts: Tensor, *, num_images: int) -> None:
@@ -256,6 +265,10 @@ class Report:
         self._write(step, event="knn", **accuracies)
         self._bar.clear()
         _logger.info("step %d: %s", step, ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items()))
+
+    def _begin_window(self, step: int) -> None:
+        """Measure rates anew from here."""
+        self._images, self._waited_seconds, self._since, self._logged_step = 0, 0.0, time.monotonic(), step
 
     def _write(self, step: int, **values: Any) -> None:
         if self._log is not None:

@@ -7,19 +7,20 @@ import os
 import sys
 
 from torch import nn
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swav.config import EvaluateConfig, PretrainConfig
 from swav.data.index import DatasetIndex
 from swav.data.source import has_labels, open_dataset
 from swav.distributed import barrier, pick_device, process_group, rank
 from swav.features import Evaluation
+from swav.logs import above_bars, answer, set_context, start_logging
 from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.program import run, stop_at_once
 from swav.recipes import configure
 from swav.run_folder import sole_writer
 from swav.storage import Location, is_remote, join, local_path, stat, write_atomic
+from swav.telemetry import reporting
 from swav.train import check_run_folder, evaluate, train
 from swav.watchdog import ends_when_stalled
 
@@ -150,18 +151,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swav.pretrain", description="Pretrain a backbone with SwAV.")
     parser.add_argument("--recipe", required=True, help="name of the run, for example demo")
     parser.add_argument("--data", help="images to train on: a folder of images or of webdataset tars")
-    parser.add_argument("--output", help="the run's folder, or s3://bucket/prefix (default: runs/RECIPE)")
+    parser.add_argument("--output", help="a folder, or s3://bucket/prefix (default: RECIPE in SWAV_RUNS, or in runs)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. optim.epochs=100")
+    start_logging()
     options = parser.parse_args(arguments)
-    output = options.output or join("runs", options.recipe)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    output = options.output or join(os.environ.get("SWAV_RUNS") or "runs", options.recipe)
+    set_context(run=str(output))
 
     def body() -> None:
-        with logging_redirect_tqdm():
+        with above_bars(), reporting():
             result = pretrain(configure(options.recipe, data=options.data, overrides=options.overrides), output)
-        if first:
-            sys.stdout.write(describe(result, output) + "\n")
+        if os.environ.get("RANK", "0") == "0":
+            answer(describe(result, output), title="the run is done", result=result)
 
     return run(body)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swav import checkpoint, storage
+from swav import checkpoint, storage, telemetry
 from swav.checkpoint import CheckpointWriter
 from swav.config import PretrainConfig, SupervisedConfig, differing_keys, from_json, to_json
 from swav.data.augment import Augment
@@ -123,7 +123,14 @@ def train(
                         result = train_step(state, augment(raw), lr=lr, precision=config.runtime.precision)
                     labelling.take(raw, result.embeddings)
                     state.counts += torch.tensor([(~raw.substituted).sum(), raw.substituted.sum()])
-                    report.step(state.step, epoch=epoch, num_images=raw.global_size, lr=lr, metrics=result.metrics)
+                    report.step(
+                        state.step,
+                        epoch=epoch,
+                        num_images=raw.global_size,
+                        own_images=len(raw.ids),
+                        lr=lr,
+                        metrics=result.metrics,
+                    )
                     stopping = any_rank(stop.is_set)
                     progress(state.step)
                     if (
@@ -264,6 +271,7 @@ def open_loader(
     """The loader of this rank's shares; each broken image gets a file below ``output``."""
 
     def record(broken: Quarantined) -> None:
+        telemetry.count("quarantined")
         name = f"epoch-{broken.epoch:04d}/{broken.sample_id:012d}.json"
         write_atomic(join(output, "quarantine", name), (json.dumps(asdict(broken), indent=2) + "\n").encode())
 

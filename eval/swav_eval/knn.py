@@ -6,7 +6,6 @@
 import argparse
 import hashlib
 import json
-import logging
 import sys
 from typing import Any
 
@@ -17,9 +16,11 @@ from swav.config import EvaluateConfig, RuntimeConfig
 from swav.data.source import open_dataset
 from swav.distributed import cores_of_rank, pick_device, process_group, rank
 from swav.features import extract_features, knn_accuracies
+from swav.logs import answer, start_logging
 from swav.models.backbone_file import load_backbone
 from swav.program import run
 from swav.storage import Location, read, write_atomic
+from swav.telemetry import reporting
 
 
 def knn(backbone: Location, config: EvaluateConfig, *, device: torch.device) -> dict[str, Any]:
@@ -76,29 +77,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resize-px", type=int, help="shorter side (default: as the backbone's run)")
     parser.add_argument("--crop-px", type=int, help="centre crop (default: as the backbone's run)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    start_logging()
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> None:
-        device = pick_device(options.device)
-        sizes = load_backbone(options.backbone)
-        config = EvaluateConfig(
-            train_url=options.train,
-            test_url=options.test,
-            num_neighbors=tuple(options.k),
-            temperature=options.temperature,
-            resize_px=sizes.resize_px if options.resize_px is None else options.resize_px,
-            crop_px=sizes.crop_px if options.crop_px is None else options.crop_px,
-        )
-        with process_group(device, RuntimeConfig().collective_timeout_seconds):
-            result = knn(options.backbone, config, device=device)
-            if rank() == 0:
-                text = json.dumps(result, indent=2) + "\n"
-                sys.stdout.write(text)
-                if options.output is not None:
-                    write_atomic(options.output, text.encode())
+        with reporting():
+            _run(options)
 
     return run(body)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    device = pick_device(options.device)
+    sizes = load_backbone(options.backbone)
+    config = EvaluateConfig(
+        train_url=options.train,
+        test_url=options.test,
+        num_neighbors=tuple(options.k),
+        temperature=options.temperature,
+        resize_px=sizes.resize_px if options.resize_px is None else options.resize_px,
+        crop_px=sizes.crop_px if options.crop_px is None else options.crop_px,
+    )
+    with process_group(device, RuntimeConfig().collective_timeout_seconds):
+        result = knn(options.backbone, config, device=device)
+        if rank() == 0:
+            text = json.dumps(result, indent=2)
+            answer(text, title="k-NN accuracy", result=result)
+            if options.output is not None:
+                write_atomic(options.output, (text + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from swav import rng
 from swav.data.index import build_index
+from swav.logs import progress_bar
 from swav.storage import write_atomic
 
 DEMO_VERSION = 2  # of the images; names the folder that keeps them
@@ -41,7 +41,8 @@ def write_demo_shards(out: Path) -> None:
     """
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with tqdm(total=sum(map(len, _SPLITS.values())), desc="drawing the demo's images", unit="image") as progress:
+    num_images = sum(map(len, _SPLITS.values()))
+    with progress_bar(total=num_images, desc="drawing the demo's images", unit="image") as progress:
         for split, numbers in _SPLITS.items():
             folder = partial / split
             folder.mkdir(parents=True)

@@ -23,6 +23,8 @@ from swav import storage
 from swav.data.index_build import Building, build, chunk_rows_for
 from swav.data.index_files import index_url, load_rows, read_index, remedy
 from swav.data.shard_table import Shard, decode_name, identity_of, unpack
+from swav.logs import answer, start_logging
+from swav.program import run
 
 _MAX_CHECKED_SHARDS = 10_000  # at opening; of a larger dataset, the reader checks the shards that it opens
 _STAT_THREADS = 32
@@ -257,8 +259,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Index a dataset from the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Index a dataset from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m swav.data.index", description="Index a dataset of tars.")
     parser.add_argument("url", help="a folder of tars, a pattern such as '/data/train-*.tar', or one tar")
     parser.add_argument("--out", help="folder for the index, local or s3:// (default: the folder of the tars)")
@@ -266,12 +268,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", type=_part, metavar="I/N", help="only the I-th of N parts, on one of N hosts")
     parser.add_argument("--checksums", action="store_true", help="read all bytes and keep the CRC-32C of every member")
     parser.add_argument("--append", action="store_true", help="add new shards after those of the index that is there")
+    start_logging()
     options = parser.parse_args(arguments)
-    try:
-        said = _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    sys.stdout.write(f"{said}\n")
+    return run(lambda: answer(_run(options)))
 
 
 def _run(options: argparse.Namespace) -> str:
@@ -299,4 +298,4 @@ def _run(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

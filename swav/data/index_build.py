@@ -17,12 +17,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from swav import storage
 from swav.data.index_files import index_url, read_index, table_url, write_index
 from swav.data.scan import known_extensions, scan
 from swav.data.shard_table import Shard, npy_bytes, pack, shard_from_json, shard_to_json, unpack
+from swav.logs import progress_bar
+from swav.watchdog import progress
 
 UNFINISHED_MARK = "write_shards.json"  # stands beside shards that are still being written
 _SHUFFLED_CHUNKS = 512 * 16  # default lanes times default window: with fewer chunks than this, chunks shrink
@@ -200,7 +201,7 @@ def _index_all(folder: str, jobs: list[_Job], how: Building) -> list[Shard]:
     shards: dict[int, list[Shard]] = {}
     with (
         _pool(processes) as pool,
-        tqdm(total=len(jobs), desc="indexing", unit="tar", delay=0.5) as progress,
+        progress_bar(total=len(jobs), desc="indexing", unit="tar", delay=0.5) as bar,
     ):
         futures: dict[Future[list[Shard]], int] = {
             pool.submit(work, jobs[start : start + size]): start for start in starts
@@ -208,7 +209,8 @@ def _index_all(folder: str, jobs: list[_Job], how: Building) -> list[Shard]:
         try:
             for future in as_completed(futures):
                 shards[futures[future]] = future.result()
-                progress.update(len(shards[futures[future]]))
+                bar.update(len(shards[futures[future]]))
+                progress()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -17,7 +17,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from swav import rng, storage
 from swav.data.image_source import ImageSource, find_images
@@ -26,6 +25,9 @@ from swav.data.index_build import UNFINISHED_MARK, finished_shard, write_rows
 from swav.data.scan import ROW_DTYPE
 from swav.data.shard_table import Shard
 from swav.data.shard_writer import Sample, write_shard
+from swav.logs import answer, progress_bar, start_logging
+from swav.program import run
+from swav.watchdog import progress
 
 _FORMAT = "swav.write_shards/2"
 _LOCK_NAME = ".write_shards.lock"
@@ -232,7 +234,7 @@ def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[
     """Write the samples in the given order, after those of the shards that are there."""
     written = sum(shard.rows for shard in shards)
     with (
-        tqdm(total=len(order), initial=written, desc="writing shards", unit="image", delay=0.5) as progress,
+        progress_bar(total=len(order), initial=written, desc="writing shards", unit="image", delay=0.5) as bar,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="swav-write") as pool,
     ):
         samples = _ahead(pool, images, order[written:])
@@ -246,7 +248,8 @@ def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[
                     end = min(written + options.samples_per_shard, len(order))
                     for row in write_shard(file, samples, written, end, options.bytes_per_shard):
                         members.append(row)
-                        progress.update()
+                        bar.update()
+                        progress()
                 written += len(members)
                 _record(folder, _shard_name(number), members)
         finally:
@@ -273,8 +276,8 @@ def _ahead(pool: ThreadPoolExecutor, images: ImageSource, order: list[int]) -> I
         yield pending.popleft().result()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Write shards from the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write shards from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m swav.data.write_shards", description="Write images as webdataset shards with an index."
     )
@@ -283,9 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
     parser.add_argument("--bytes-per-shard", type=int, default=256_000_000, metavar="N")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the samples (default: sorted order)")
+    start_logging()
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def body() -> None:
         index = write_shards(
             options.source,
             options.out,
@@ -293,12 +297,10 @@ def main(arguments: list[str] | None = None) -> None:
             bytes_per_shard=options.bytes_per_shard,
             shuffle=options.shuffle,
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    sys.stdout.write(
-        f"{index.folder}: {index.num_samples} samples in {index.num_shards} shards, {index.num_bytes} bytes\n"
-    )
+        answer(f"{index.folder}: {index.num_samples} samples in {index.num_shards} shards, {index.num_bytes} bytes")
+
+    return run(body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

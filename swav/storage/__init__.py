@@ -4,7 +4,8 @@ Urls are text: a path, ``file://``, ``s3://bucket/key``, ``https://host/path``. 
 come from where the store's own tools find them.
 """
 
-from swav.storage.counters import count, counts
+from swav.storage.conditional import Tagged, check_conditions, read_tagged, write_conditional
+from swav.storage.counters import count, counts, observe_counts
 from swav.storage.files import (
     absolute,
     has_pattern,
@@ -29,8 +30,10 @@ __all__ = [
     "FileStat",
     "Location",
     "RangeFile",
+    "Tagged",
     "absolute",
     "cache_folder",
+    "check_conditions",
     "count",
     "counts",
     "has_pattern",
@@ -41,11 +44,14 @@ __all__ = [
     "local_path",
     "locked",
     "name_of",
+    "observe_counts",
     "open_atomic",
     "open_file",
     "read",
+    "read_tagged",
     "readable",
     "remove",
     "stat",
     "write_atomic",
+    "write_conditional",
 ]

@@ -80,7 +80,7 @@ def report(tmp_path: Path) -> Iterator[Report]:
 
 
 def note(report: Report, step: int, loss: float) -> None:
-    report.step(step, epoch=0, num_images=24, lr=0.1, metrics={"loss": torch.tensor(loss)})
+    report.step(step, epoch=0, num_images=24, own_images=24, lr=0.1, metrics={"loss": torch.tensor(loss)})
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from swav_testing.shards import write_dataset, write_tar
 
 from swav.data.index import build_index, main, open_index
+from swav.program import EXIT_REFUSED
 
 
 @pytest.fixture(autouse=True)
@@ -156,13 +158,15 @@ def test_a_lost_table_is_named(tmp_path: Path) -> None:
         index.rows(0)
 
 
-def test_the_command_line_writes_beside_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_writes_beside_the_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     data = write_dataset(tmp_path / "data", [3, 2])
-    main([str(data)])
+    assert main([str(data)]) == 0
     assert "5 samples in 2 tars" in capsys.readouterr().out
     assert json.loads((data / "index.json").read_text())["format"] == "swav.index/2"
-    with pytest.raises(SystemExit, match=r"error: .*no such file or folder"):
-        main([str(tmp_path / "none")])
+    assert main([str(tmp_path / "none")]) == EXIT_REFUSED
+    assert re.search("error: .*no such file or folder", caplog.text)
 
 
 def test_the_index_and_the_order_do_not_need_torch() -> None:
@@ -182,7 +186,7 @@ def test_a_full_disk_names_the_table(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", [300])
     code = (
         "import resource, sys; from swav.data.index import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); main(sys.argv[1:])"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(data)], capture_output=True, text=True, check=False)
     assert done.returncode == 1

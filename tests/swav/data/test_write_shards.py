@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from swav.data.index import DatasetIndex, open_index
 from swav.data.reader import ShardReader
 from swav.data.scan import scan
 from swav.data.write_shards import main, write_shards
+from swav.program import EXIT_REFUSED
 from swav.storage import open_file
 
 
@@ -273,13 +275,15 @@ def test_options_below_one_are_refused(images: Path, tmp_path: Path) -> None:
         write_shards(str(images), str(tmp_path / "out"), samples_per_shard=0, bytes_per_shard=5)
 
 
-def test_the_command_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(images), str(tmp_path / "out"), "--samples-per-shard", "6", "--shuffle", "3"])
+def test_the_command_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([str(images), str(tmp_path / "out"), "--samples-per-shard", "6", "--shuffle", "3"]) == 0
     assert "10 samples in 2 shards" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "index.json").read_text())["written_from"]
     assert record["options"] == [6, 256_000_000, 3]
-    with pytest.raises(SystemExit, match=r"error: .*no such folder"):
-        main([str(tmp_path / "none"), str(tmp_path / "other")])
+    assert main([str(tmp_path / "none"), str(tmp_path / "other")]) == EXIT_REFUSED
+    assert re.search("error: .*no such folder", caplog.text)
 
 
 def test_keys_lead_back_to_files_of_one_name(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """What Volcano and the pods of a job need, and TorchX does not say: all of it is here.
 
-TorchX renders a Volcano job with one task per pod; :func:`complete` takes that and adds the rest. What a cluster must
+TorchX renders a Volcano job; :func:`complete` takes that and adds the rest. What a cluster must
 have before a job (namespace, queue, priorities, service accounts, network policies) is in ``k8s/``. Names agree.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from swav_components.roles import ProgramRole
 NAMESPACE = QUEUE = "swav"
 METRICS_PORT = 9400
 USER = 10001  # of the images
-MAX_PODS = 512  # about 3 KB each in one object of at most 1.5 MB, and four host entries each in every pod
+MAX_PODS = 512
 MAX_NAME = 63  # of a label's value, a host name and a volume
 
 # An agent gives its ranks so long to save after SIGTERM; the kernel ends the pod after the grace period.
@@ -47,44 +46,61 @@ def complete(job: dict[str, Any], roles: Iterable[ProgramRole], settings: Mappin
         ComponentValidationException: the cluster would refuse it, or it could not work there.
     """
     spec = job["spec"]
-    tasks = iter(spec["tasks"])
+    rendered = iter(spec["tasks"])
+    spec["tasks"] = []
+    num_pods = num_needed = 0
+    for role in roles:
+        _check(role)
+        num_pods += role.num_replicas
+        num_needed += role.min_replicas or role.num_replicas
+        spec["tasks"] += _tasks([next(rendered) for _ in range(role.num_replicas)], role, settings)
+    spec["tasks"][0]["template"]["spec"]["nodeSelector"] |= labels_of(settings, "first_pod_nodes")
+    _check_size(job["metadata"]["name"], spec["tasks"], num_pods)
     job["metadata"]["namespace"] = settings["namespace"]
     job["metadata"]["labels"] = {"app.kubernetes.io/part-of": "swav", "app.kubernetes.io/managed-by": "torchx"}
-    num_needed = 0
-    for number, role in enumerate(roles):
-        _check(role)
-        num_needed += role.min_replicas or role.num_replicas
-        for replica in range(role.num_replicas):
-            task = next(tasks)
-            _complete_task(task, role, settings)
-            if number == replica == 0:  # the others meet there
-                task["template"]["spec"]["nodeSelector"] |= labels_of(settings, "first_pod_nodes")
-    _check_size(job["metadata"]["name"], spec["tasks"])
     spec |= {
         "minAvailable": num_needed,  # the gang: less than these does not start
         "minSuccess": num_needed,  # done when these are; a pod that never found a node is not waited for
         "maxRetry": _MAX_RETRIES,
-        "ttlSecondsAfterFinished": _KEPT_SECONDS,
+        "policies": [  # the first that fits counts
+            {"exitCode": _EXIT_REFUSED, "action": "TerminateJob"},
+            {"event": "PodFailed", "action": "RestartPod"},  # 75 (stopped, saved) and 1: another pod goes on
+            {"event": "PodEvicted", "action": "RestartPod"},
+        ],
         "priorityClassName": spec["tasks"][0]["template"]["spec"]["priorityClassName"],
+        "ttlSecondsAfterFinished": _KEPT_SECONDS,
     }
     if settings.get("network_tier"):
         spec["networkTopology"] = {"mode": "soft", "highestTierAllowed": settings["network_tier"]}
     return job
 
 
+def _tasks(tasks: list[dict[str, Any]], role: ProgramRole, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first pod, where the others meet, and one task for all others, as they do not differ.
+
+    TorchX has a task for each pod: at 512 of them more than a cluster stores in one object, and the ones without which
+    the job cannot go on are fixed. Of one task any that are left will do.
+    """
+    found = [tasks[0] | {"replicas": 1, "minAvailable": 1}]
+    if len(tasks) > 1:
+        min_others = (role.min_replicas or role.num_replicas) - 1
+        found.append(tasks[1] | {"replicas": len(tasks) - 1, "minAvailable": min_others})
+    for task in found:
+        task.pop("policies", None)  # TorchX's own, of which there are none: the job's count
+        _complete_task(task, role, settings)
+    return found
+
+
+def pod_name(job: str, role: str, replica: int) -> str:
+    """Of a replica as TorchX counts them."""
+    return f"{job}-{role}-0-0" if replica == 0 else f"{job}-{role}-1-{replica - 1}"
+
+
 def _complete_task(task: dict[str, Any], role: ProgramRole, settings: Mapping[str, Any]) -> None:
-    # One task is one pod. The first policy that fits counts.
-    task |= {
-        "minAvailable": task.get("minAvailable", 1),
-        "maxRetry": _MAX_RETRIES,
-        "policies": [
-            {"exitCode": _EXIT_REFUSED, "action": "TerminateJob"},
-            {"event": "PodFailed", "action": "RestartPod"},  # 75 (stopped, saved) and 1: another pod goes on
-            {"event": "PodEvicted", "action": "RestartPod"},
-        ],
-    }
+    task["maxRetry"] = _MAX_RETRIES
     metadata, pod = task["template"]["metadata"], task["template"]["spec"]
     metadata["labels"] |= {"app.kubernetes.io/part-of": "swav", "app.kubernetes.io/component": role.kind}
+    del metadata["labels"]["torchx.pytorch.org/replica-id"]
     metadata["annotations"] |= {
         "prometheus.io/scrape": "true",
         "prometheus.io/port": str(METRICS_PORT),
@@ -109,6 +125,7 @@ def _complete_task(task: dict[str, Any], role: ProgramRole, settings: Mapping[st
         "volumes": _volumes(role),
     }
     (container,) = pod["containers"]
+    container["name"] = role.name
     _complete_container(container, role)
 
 
@@ -239,18 +256,13 @@ def _check_image(role: ProgramRole) -> None:
         )
 
 
-def _check_size(name: str, tasks: list[dict[str, Any]]) -> None:
-    if len(tasks) > MAX_PODS:
+def _check_size(name: str, tasks: list[dict[str, Any]], num_pods: int) -> None:
+    if num_pods > MAX_PODS:
         raise ComponentValidationException(
-            f"{len(tasks)} pods in one job: its object would pass what the cluster stores; use at most {MAX_PODS}, "
-            "with all GPUs of a node in each, e.g. -j 64x8"
+            f"{num_pods} pods in one job: all start together, and each is told the names of all; use at most "
+            f"{MAX_PODS}, with all GPUs of a node in each, e.g. -j 64x8"
         )
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        raise ComponentValidationException(
-            f"job {name!r} cannot be named so: a service of that name needs lower-case letters, digits and dashes, and "
-            "a letter first"
-        )
-    longest = max((f"{name}-{task['name']}-0" for task in tasks), key=len)
+    longest = max((f"{name}-{task['name']}-{task['replicas'] - 1}" for task in tasks), key=len)
     if len(longest) > MAX_NAME:
         raise ComponentValidationException(
             f"pod {longest} has a name of {len(longest)} characters, and a host's may have {MAX_NAME}; give a --name "

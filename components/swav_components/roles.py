@@ -223,7 +223,7 @@ def assigner(
     """
     if workers < 1:
         raise ComponentValidationException(f"--workers {workers}: the assigner needs at least 1")
-    seconds = None if timeout_hours is None else round(timeout_hours * 3600)
+    seconds = None if timeout_hours is None else round(float(timeout_hours) * 3600)  # TorchX leaves it a text
     role = program(
         "swav.assign",
         [*option("output", output), *option("data", data), *option("timeout-seconds", seconds)],

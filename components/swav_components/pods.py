@@ -135,7 +135,7 @@ def _complete_container(container: dict[str, Any], role: ProgramRole) -> None:
     environment = {
         "HOME": "/tmp",
         "SWAV_CACHE": "/cache",
-        "SWAV_CACHE_BYTES": str(cache_gb * 10**9 * 9 // 10),  # the disk's free space is the node's, not ours
+        "SWAV_CACHE_BYTES": str(cache_gb * 8 * 10**8),  # what the disk says to be free is the node's
         "SWAV_IMAGE": role.image,
         "SWAV_LOG_FORMAT": "json",
         "SWAV_METRICS_PORT": str(METRICS_PORT),

@@ -300,5 +300,15 @@ def _changed(url: str, change: str) -> RuntimeError:
 
 
 def open_cache(cache_bytes: int) -> BlockCache:
-    """The host's cache of blocks, ``$SWAV_CACHE/blocks``."""
-    return BlockCache(storage.cache_folder() / "blocks", budget_bytes=cache_bytes)
+    """The host's cache of blocks, ``$SWAV_CACHE/blocks``.
+
+    Args:
+        cache_bytes: its budget; 0: ``$SWAV_CACHE_BYTES``, or half of what is free where that is not set either.
+
+    Raises:
+        ValueError: the environment has no number there.
+    """
+    given = os.environ.get("SWAV_CACHE_BYTES") or "0"
+    if not given.isdecimal():
+        raise ValueError(f"SWAV_CACHE_BYTES={given} is no number of bytes; set one such as 40000000000, or leave it out")
+    return BlockCache(storage.cache_folder() / "blocks", budget_bytes=cache_bytes or int(given))

@@ -16,7 +16,7 @@ from swav_testing.shards import write_dataset
 from swav import storage
 from swav.data import fetch
 from swav.data.cache import AbandonedError, BlockCache
-from swav.data.fetch import BlockFetcher
+from swav.data.fetch import BlockFetcher, open_cache
 from swav.data.index import DatasetIndex, build_index
 
 ROWS = [40, 1, 16, 23]
@@ -278,3 +278,13 @@ def test_a_shard_of_another_size_is_refused_and_others_are_read(
 def test_impossible_sizes_are_refused(index: DatasetIndex, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runtime\.fetch_bytes must be positive, got 0"):
         BlockFetcher(index, BlockCache(tmp_path), fetch_bytes=0)
+
+
+def test_the_environment_sets_the_caches_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAV_CACHE", str(tmp_path))
+    monkeypatch.setenv("SWAV_CACHE_BYTES", "123456")
+    assert open_cache(0).budget_bytes == 123456
+    assert open_cache(99).budget_bytes == 99  # the run's own setting counts
+    monkeypatch.setenv("SWAV_CACHE_BYTES", "40G")
+    with pytest.raises(ValueError, match="SWAV_CACHE_BYTES=40G is no number of bytes"):
+        open_cache(0)

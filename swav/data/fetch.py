@@ -310,5 +310,5 @@ def open_cache(cache_bytes: int) -> BlockCache:
     """
     given = os.environ.get("SWAV_CACHE_BYTES") or "0"
     if not given.isdecimal():
-        raise ValueError(f"SWAV_CACHE_BYTES={given} is no number of bytes; set one such as 40000000000, or leave it out")
+        raise ValueError(f"SWAV_CACHE_BYTES={given} is no number of bytes; set one, such as 40000000000, or none")
     return BlockCache(storage.cache_folder() / "blocks", budget_bytes=cache_bytes or int(given))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swav import storage
-from swav.doctor.report import Facts, Finding, Member, failed, judged, name_ranks
+from swav.doctor.report import Facts, Finding, Member, failed, judged, name_ranks, skipped
 from swav.doctor.storage_check import describe
 
 _MB, _GB = 1e6, 1e9
@@ -145,6 +145,8 @@ def _least(
     if bad is not None:
         return bad
     values = {member: facts[key] / unit_size for member, facts in told.items() if key in facts}
+    if not values:
+        return skipped(name, "no node told")
     least = min(values.values())
     finding = judged(name, least, at_least=limit, unit=unit, remedy=remedy)
     if finding.status == "pass":
@@ -156,8 +158,7 @@ def _least(
 
 
 def _memory_finding(told: Mapping[Member, Facts]) -> Finding:
-    finding = _least(told, "host.memory", "memory_limit_bytes", _GB, "GB", None, "see /proc/meminfo and the cgroup")
-    return finding
+    return _least(told, "host.memory", "memory_limit_bytes", _GB, "GB", None, "see /proc/meminfo and the cgroup")
 
 
 def _cores_finding(told: Mapping[Member, Facts]) -> Finding:

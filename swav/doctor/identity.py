@@ -25,7 +25,7 @@ def measure(device: torch.device) -> Facts:
         "software": f"swav {swav.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"python {platform.python_version()}",
         "image": os.environ.get("SWAV_IMAGE", ""),
-        "package": package_hash(Path(swav.__file__).parent),
+        "package": package_hash(Path(swav.__file__).parent)[:16],
         "errors": {},
     }
     if device.type == "cuda":
@@ -62,16 +62,21 @@ def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 def judge(told: Mapping[Member, Facts]) -> list[Finding]:
     """Findings of what all ranks told."""
-    findings = [
-        differing("identity.software", {m: facts["software"] for m, facts in told.items()}, remedy=_IMAGE_REMEDY),
-        differing("identity.package", {m: facts["package"][:16] for m, facts in told.items()}, remedy=_IMAGE_REMEDY),
-    ]
-    images = {member: facts["image"] or "(not set)" for member, facts in told.items()}
-    if any(facts["image"] for facts in told.values()):
-        findings.append(differing("identity.image", images, remedy=_IMAGE_REMEDY))
+    bad = failed("identity.software", told, "see that the image is whole")
+    known = {member: facts for member, facts in told.items() if "software" in facts}
+    if not known:
+        return [bad or skipped("identity.software", "no rank told")]
+    software, package, image = (
+        {member: facts[key] for member, facts in known.items()} for key in ("software", "package", "image")
+    )
+    findings = [bad or differing("identity.software", software, remedy=_IMAGE_REMEDY)]
+    findings.append(differing("identity.package", package, remedy=_IMAGE_REMEDY))
+    if any(image.values()):
+        named = {member: name or "(not set)" for member, name in image.items()}
+        findings.append(differing("identity.image", named, remedy=_IMAGE_REMEDY))
     else:
         findings.append(skipped("identity.image", "SWAV_IMAGE is not set: not started from an image"))
-    return findings + _gpu_findings(told)
+    return findings + _gpu_findings(known)
 
 
 def _gpu_findings(told: Mapping[Member, Facts]) -> list[Finding]:

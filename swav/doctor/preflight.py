@@ -60,9 +60,9 @@ class Preflight:
             RuntimeError: rank 0 is silent.
         """
         began = time.time()
-        members, device = self._introduce()
+        members, own_device, device = self._introduce()
         own = members.get(self._peers.rank) or self._member()
-        facts = self._measure(own, members, device)
+        facts = self._measure(own, members, own_device, device)
         self._peers.tell("facts", facts)
         verdict = False
         if self._peers.is_first:
@@ -81,8 +81,8 @@ class Preflight:
         place = " on ".join(filter(None, [names[0] or socket.gethostname(), names[1]]))
         return Member(self._peers.rank, place, int(os.environ.get("LOCAL_RANK", "0")))
 
-    def _introduce(self) -> tuple[dict[int, Member], torch.device]:
-        """Who takes part, by rank, and where all compute: on GPUs only if every rank has one."""
+    def _introduce(self) -> tuple[dict[int, Member], torch.device, torch.device]:
+        """Who takes part, by rank; this rank's device; and where all compute: on GPUs only if every rank has one."""
         self._device_errors: dict[str, str] = {}
         try:
             device = pick_device(self._options.device)
@@ -97,11 +97,13 @@ class Preflight:
         plan = self._peers.agree("plan", everybody, seconds=self._peers.timeout_seconds + REPORT_SECONDS)
         members = {int(rank): Member(int(rank), said["host"], said["local_rank"]) for rank, said in plan.items()}
         all_cuda = all(said["device"] == "cuda" for said in plan.values())
-        return members, device if all_cuda else torch.device("cpu")
+        return members, device, device if all_cuda else torch.device("cpu")
 
-    def _measure(self, own: Member, members: Mapping[int, Member], device: torch.device) -> Facts:
+    def _measure(
+        self, own: Member, members: Mapping[int, Member], own_device: torch.device, device: torch.device
+    ) -> Facts:
         peers, options = self._peers, self._options
-        facts: Facts = {"identity": _attempt("identity.software", lambda: identity.measure(device))}
+        facts: Facts = {"identity": _attempt("identity.software", lambda: identity.measure(own_device))}
         facts["identity"].setdefault("errors", {}).update(self._device_errors)
         if own.speaks_for_host:
             facts["host"] = _attempt("host.memory", host.measure)

@@ -91,8 +91,8 @@ class _LifeMetrics:
         )
         yield GaugeMetricFamily(
             "swav_progress_age_seconds",
-            "Seconds since a rank of this pod last said that work goes on; 0 while the pod waits for others",
-            0.0 if life.runs_since is None else max(0.0, now - life.progress_at()),
+            "Seconds since a rank of this pod started or last said that work goes on",
+            max(0.0, now - life.progress_at()),
         )
         yield CounterMetricFamily(
             "swav_restarts_total", "How often this pod's launcher has started its ranks again", life.num_restarts

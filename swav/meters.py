@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, disable_created_metrics, values
+from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 COUNTERS = {
@@ -81,7 +82,10 @@ class Meters:
 def collect_ranks(folder: Path) -> Iterator[Metric]:
     """What the ranks of a launcher have counted and show, put together."""
     files = [str(path) for path in folder.glob("*.db") if _size(path) > 0]  # a new one is empty for a moment
-    return _aged(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
+    found = {metric.name: metric for metric in MultiProcessCollector.merge(files)}  # type: ignore[no-untyped-call]
+    for name, text in COUNTERS.items():  # before there are ranks
+        found.setdefault(f"swav_{name}", CounterMetricFamily(f"swav_{name}", text, 0))
+    return _aged(found.values())
 
 
 def forget_gauges(folder: Path) -> None:

@@ -27,7 +27,7 @@ from swav_testing.s3 import moto_server
 
 from swav.checkpoint import checkpoint_steps, load
 from swav.config import from_json
-from swav.pretrain import describe
+from swav.pretrain import describe, main
 
 
 def refused(words: list[str], cache: Path, tmp_path: Path) -> str:
@@ -336,3 +336,28 @@ def test_help_names_the_arguments(tmp_path: Path, cache: Path) -> None:
     status, text = status_and_output(["--help"], cache, tmp_path / "log")
     assert status == 0
     assert {"--recipe", "--data", "--output", "key=value"} <= {word.strip("[], .") for word in text.split()}
+
+
+@pytest.mark.parametrize(
+    ("runs", "words", "expected"),
+    [
+        (None, [], "runs/demo"),
+        ("", [], "runs/demo"),
+        ("/mnt/runs", [], "/mnt/runs/demo"),
+        ("s3://bucket/runs", [], "s3://bucket/runs/demo"),
+        ("/mnt/runs", ["--output", "here"], "here"),
+    ],
+)
+def test_where_a_run_goes(monkeypatch: pytest.MonkeyPatch, runs: str | None, words: list[str], expected: str) -> None:
+    outputs: list[str] = []
+
+    def note(_config: object, output: str) -> dict[str, dict[str, float]]:
+        outputs.append(str(output))
+        return {}
+
+    monkeypatch.setattr("swav.pretrain.pretrain", note)
+    monkeypatch.delenv("SWAV_RUNS", raising=False)
+    if runs is not None:
+        monkeypatch.setenv("SWAV_RUNS", runs)
+    assert main(["--recipe", "demo", *words]) == 0
+    assert outputs == [expected]

@@ -81,23 +81,19 @@ def test_a_killed_rank_leaves_counters_and_takes_its_gauges(tmp_path: Path, cach
         assert (scrapes[-1]["swav_world_size"], scrapes[-1]["swav_images_total"]) == (2, 88)
         files = sorted(path.name for path in folders.glob("swav-elastic-*/metrics/*"))
         assert files == ["counter_0.db", "counter_1.db", "gauge_livemostrecent_0.db"]
-        before = scrapes[-1]["swav_goodput_ratio"]
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        (tmp_path / "gate" / "allowed").write_text("3")  # the next life may not take a step
-        scrapes += wait_for_metrics(port, lambda found: found["swav_restarts_total"] == 1)
-        scrapes += wait_for_metrics(port, lambda found: found.get("swav_step") == 3)  # the checkpoint
-        assert "swav_loss" not in scrapes[-1]  # was the dead rank's
-        assert 0 < scrapes[-1]["swav_goodput_ratio"] < before
-        assert scrapes[-1]["swav_images_total"] == 88
-        allow(tmp_path / "gate", 6)
-        scrapes += wait_for_metrics(port, lambda found: found.get("swav_step") == 6)
-        # the fourth step's images once more, the fifth's 15, and 24 of the next epoch
-        assert scrapes[-1]["swav_images_total"] == 88 + 16 + 15 + 24
+        between = wait_for_metrics(port, lambda found: found["swav_restarts_total"] == 1)
+        assert OF_THE_RUN.isdisjoint(between[-1])  # they were the dead rank's, and starting another takes a while
+        assert between[-1]["swav_goodput_ratio"] < scrapes[-1]["swav_goodput_ratio"]  # step 4 is lost
+        allow(tmp_path / "gate", 5)
+        scrapes += between + wait_for_metrics(port, lambda found: found.get("swav_step") == 5)
+        assert scrapes[-1]["swav_images_total"] == 88 + 16 + 15  # those of step 4 once more
         assert sorted(path.name for path in folders.glob("swav-elastic-*/metrics/*")) == files
     for name in [name for name in OF_A_POD if name.endswith("_total")]:
         counts = [scrape[name] for scrape in scrapes]
         assert counts == sorted(counts), name
-    assert all(0 < scrape["swav_goodput_ratio"] <= 1 for scrape in scrapes if scrape.get("swav_step", 0) >= 3)
+    ratios = [scrape["swav_goodput_ratio"] for scrape in scrapes if "swav_goodput_ratio" in scrape]
+    assert 0 <= min(ratios) < ratios[-1] <= max(ratios) <= 1
     assert sum(ROWS_PER_SHARD) == 88 + 15
 
 

@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -86,6 +87,23 @@ def test_the_launcher_sees_the_furthest_rank(tmp_path: Path, monkeypatch: pytest
     assert watchdog.last_step(tmp_path) == 12
     watchdog.progress(99)  # nothing is watched, so nobody is told
     assert watchdog.last_step(tmp_path) == 12
+
+
+def test_the_launcher_sees_when_work_last_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watchdog.last_progress_in(tmp_path) == -math.inf
+    monkeypatch.setenv(LAUNCHER_FOLDER, str(tmp_path))
+    with watchdog.tells_launcher():
+        begun = watchdog.last_progress_in(tmp_path)
+        assert 0 < begun <= time.monotonic()
+        assert watchdog.last_step(tmp_path) == -1
+        watchdog.progress(7)
+        with watchdog.ends_when_stalled(0):
+            watchdog.progress()
+        watchdog.progress()  # the outer block goes on
+        assert watchdog.last_progress_in(tmp_path) == watchdog.last_progress() >= begun
+    assert watchdog.last_step(tmp_path) == 7
+    with watchdog.tells_launcher():  # another life keeps it until it has gone on
+        assert watchdog.last_step(tmp_path) == 7
 
 
 def test_progress_costs_little() -> None:

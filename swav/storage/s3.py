@@ -21,6 +21,7 @@ _PAGE_KEYS = 1000  # of a listing
 _PART_BYTES = 8 << 20  # of a multipart upload
 _WRITE_SECONDS = 60.0  # for the answer to a write: a store may take its time to join the parts
 _WRITE_ATTEMPTS = 10
+_CONDITION_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 # A client is made anew where one of these changes.
 _SETTINGS = (
     "AWS_ENDPOINT_URL",
@@ -101,6 +102,35 @@ def write(url: str, data: bytes) -> None:
     bucket, key = _object(url)
     with _written(url):
         _writer().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def write_conditional(url: str, data: bytes, etag: str | None) -> str | None:
+    """Write a small object if the store has this content, or none, under its name.
+
+    Args:
+        url: of the object.
+        data: its new content.
+        etag: of the content that it must have; None: there must be no such object.
+
+    Returns:
+        The new ETag; None where something else is there, or another write of the object is under way.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = _object(url)
+    condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
+    try:
+        with _written(url):
+            try:
+                answer = _writer().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in _CONDITION_CODES:
+                    return None
+                raise
+    except FileNotFoundError:  # removed since its ETag was seen
+        return None
+    found: str = answer["ETag"].strip('"')
+    return found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ RUN python -m venv --without-pip /opt/swav \
     && python -m compileall -q "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /home/swav --shell /usr/sbin/nologin swav \
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
+COPY images/process-one.pth /opt/swav/lib/python3.11/site-packages/
 WORKDIR /home/swav
 
 FROM python AS torch

@@ -7,6 +7,7 @@ where worlds do not differ. PACE_SECONDS pass before each step.
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Generator
@@ -20,10 +21,10 @@ import swav.train
 from swav.data.augment import Augment
 from swav.data.batch import CropBatch, RawBatch
 from swav.data.loader import LabelSource, Loader
+from swav.distributed import world_size
 from swav.methods import build_method
 from swav.methods.base import Method
 from swav.models.batchnorm import synchronize
-from swav.pretrain import main
 from swav.storage import write_atomic
 from swav.train import StopFlag
 
@@ -64,7 +65,7 @@ class GatedLoader(Loader):
     def epoch(self, epoch: int, start_step: int = 0, labels: LabelSource | None = None) -> Generator[RawBatch]:
         gate = Path(os.environ["GATE"])
         (gate / "ids").mkdir(exist_ok=True)
-        with (gate / "ids" / f"{os.getpid()}.jsonl").open("ab", buffering=0) as file:
+        with (gate / "ids" / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("ab", buffering=0) as file:
             for batch in super().epoch(epoch, start_step, labels):
                 step = epoch * int(os.environ["STEPS_PER_EPOCH"]) + batch.step + 1
                 while step > allowed(gate):
@@ -72,7 +73,7 @@ class GatedLoader(Loader):
                         take_last(gate, step)
                     time.sleep(0.01)
                 record = {"at": time.time_ns(), "life": LIFE, "epoch": epoch, "step": batch.step}
-                record |= {"offset": batch.global_offset, "ids": batch.ids.tolist()}
+                record |= {"offset": batch.global_offset, "ids": batch.ids.tolist(), "world": world_size()}
                 file.write((json.dumps(record) + "\n").encode())
                 time.sleep(float(os.environ.get("PACE_SECONDS", "0")))
                 yield batch
@@ -96,16 +97,20 @@ def synchronize_double(*args: Any, **settings: Any) -> torch.nn.Module:
     return synchronize(*args, **settings).double()
 
 
+def records(gate: Path) -> list[dict[str, Any]]:
+    """What the ranks have noted so far, in no order."""
+    texts = [path.read_text() for path in (gate / "ids").glob("*.jsonl")]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed process may leave a torn one
+
+
 def delivered(gate: Path) -> dict[tuple[int, int], list[int]]:
     """Ids of each global batch by (epoch, step), as the last life that took the step had them."""
-    records: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for path in (gate / "ids").iterdir():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # a killed process may leave a torn one
-                record = json.loads(line)
-                records.setdefault((record["epoch"], record["step"]), []).append(record)
+    of_steps: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for record in records(gate):
+        of_steps.setdefault((record["epoch"], record["step"]), []).append(record)
     batches = {}
-    for key, found in sorted(records.items()):
+    for key, found in sorted(of_steps.items()):
         last = max(found, key=lambda record: record["at"])["life"]
         batch: list[int] = []
         for record in sorted((record for record in found if record["life"] == last), key=lambda one: one["offset"]):
@@ -115,9 +120,16 @@ def delivered(gate: Path) -> dict[tuple[int, int], list[int]]:
     return batches
 
 
-if __name__ == "__main__":
+def install() -> None:
+    """Let the main job of this process wait at the gate, and compute as PRECISION says."""
     torch.set_num_threads(1)
     vars(swav.train).update(Loader=GatedLoader, StopFlag=NotedStopFlag)
     if os.environ.get("PRECISION") == "double":
         vars(swav.train).update(Augment=DoubleAugment, build_method=build_double, synchronize=synchronize_double)
+
+
+if __name__ == "__main__":
+    from swav.pretrain import main
+
+    install()
     sys.exit(main())

@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from swav_testing.agents import Agents, agents
@@ -72,13 +73,18 @@ def address(number: int) -> str:
 
 
 @contextmanager
-def network(num_hosts: int) -> Iterator[Network]:
-    """Hosts at a switch; removed at the end of the block."""
+def network(num_hosts: int, processes: Sequence[int] = ()) -> Iterator[Network]:
+    """Hosts at a switch; removed at the end of the block.
+
+    Args:
+        num_hosts: each gets a namespace,
+        processes: or is the namespace that one of these has, where they are given.
+    """
     made = Network(f"swav{os.getpid()}")
     namespaces = [made.name, *(made.host(number) for number in range(num_hosts))]
     try:
-        for namespace in namespaces:
-            _ip("netns", "add", namespace)
+        for namespace, process in zip_longest(namespaces, (None, *processes)):
+            _ip("netns", *(("add", namespace) if process is None else ("attach", namespace, str(process))))
             _ip("-n", namespace, "link", "set", "lo", "up")
         _ip("-n", made.name, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", made.name, "link", "set", "bridge0", "up")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from swav import storage
 from swav.doctor.peers import Peers
 from swav.doctor.report import Facts, Finding, Member, failed, judged, name_ranks, skipped
+from swav.storage.urls import quieten
 
 _NUM_ROUNDS = 8
 _ROUND_SECONDS = 5.0
@@ -106,6 +107,8 @@ def _date_of_s3(url: str) -> str | None:
     from botocore import UNSIGNED
     from botocore.config import Config
     from botocore.exceptions import ClientError, NoCredentialsError
+
+    quieten("boto3", "botocore", "urllib3")
 
     def ask(signature: Any) -> Any:
         config = Config(

@@ -5,8 +5,6 @@ is wrong.
 """
 
 import argparse
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +13,7 @@ from swav.config import PretrainConfig
 from swav.doctor.clock import Clock
 from swav.doctor.peers import Peers, join
 from swav.doctor.preflight import REPORT_SECONDS, Preflight
+from swav.logs import start_logging
 from swav.program import EXIT_REFUSED, Stopped, run, stop_at_once
 from swav.recipes import configure
 from swav.watchdog import ends_when_stalled
@@ -47,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--report", help="file or url of the JSON report (default: OUTPUT/doctor.json)")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _sizes(text: str) -> tuple[float, ...]:
@@ -101,12 +100,11 @@ def main(arguments: list[str] | None = None, own_clock: Clock | None = None) -> 
         arguments: of the command line.
         own_clock: of this node, where it is not the system's.
     """
+    start_logging()
     try:
         options = parse(arguments)
     except SystemExit as ended:
         return EXIT_REFUSED if ended.code == _USAGE_ERROR else int(ended.code or 0)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
 
     def body() -> None:
         config = check_command(options)

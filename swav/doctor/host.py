@@ -153,8 +153,9 @@ def _least(
         return finding
     assert limit is not None
     too_few = [member for member, value in values.items() if value < limit]
-    folders = {told[member].get(key.replace("free_bytes", "folder"), "") for member in too_few} - {""}
-    return replace(finding, reason=" ".join([name_ranks(too_few), *(f"in {folder}" for folder in sorted(folders))]))
+    folder = key.replace("_free_bytes", "_folder")
+    folders = sorted({told[member][folder] for member in too_few}) if folder != key else []
+    return replace(finding, reason=name_ranks(too_few) + f" in {', '.join(folders)}" * bool(folders))
 
 
 def _memory_finding(told: Mapping[Member, Facts]) -> Finding:

@@ -15,7 +15,7 @@ from swav.watchdog import progress
 
 _GONE_SECONDS = 5.0  # for the word of a rank that did not come to a meeting
 _LEAVE_SECONDS = 15.0
-_LAST_SECONDS = 0.5  # more than others pause between two looks at the store
+_SEEN_SECONDS = 0.5  # more than ranks pause between two looks at the store
 _BROKEN = "broken"
 
 
@@ -106,7 +106,7 @@ class Peers:
     def leave(self) -> None:
         """Wait, for a while, until all are about to leave: rank 0 may hold the store, and a launcher ends all at once.
 
-        Rank 0 goes last.
+        Rank 0 then goes first, so that a launcher's log of a failure points at it: it has the table.
         """
         try:
             if self.store.add("leave", 1) == self.world_size:
@@ -114,8 +114,8 @@ class Peers:
             self.wait("left", _GONE_SECONDS if self.broken else _LEAVE_SECONDS)
         except DistError:  # rank 0 is gone
             return
-        if self.is_first and self.world_size > 1:
-            time.sleep(_LAST_SECONDS)
+        if self.world_size > 1:
+            time.sleep(_SEEN_SECONDS if self.is_first else 2 * _SEEN_SECONDS)
 
     def _notice_break(self) -> None:
         if not self.broken and self.store.check([_BROKEN]):

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +20,7 @@ from swav.doctor.clock import Clock
 from swav.doctor.peers import Peers
 from swav.doctor.report import Facts, Finding, Member, name_ranks, passed, table, to_json
 from swav.doctor.storage_check import Trial, describe
+from swav.logs import answer
 from swav.program import Stopped
 from swav.watchdog import progress
 
@@ -219,8 +219,8 @@ class Preflight:
             | {"world_size": self._peers.world_size, "output": storage.absolute(self._options.output)}
             | {"data": self._data, "recipe": self._options.recipe},
         )
-        sys.stdout.write(table(self.findings) + "\n")
-        sys.stdout.flush()
+        title = f"the preflight {'passed' if whole['passed'] else 'failed'}"
+        answer(table(self.findings), title=title, findings=whole["findings"])
         try:
             storage.write_atomic(url, (json.dumps(whole, indent=2) + "\n").encode())
         except (OSError, ValueError) as error:

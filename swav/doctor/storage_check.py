@@ -14,6 +14,7 @@ import google_crc32c
 
 from swav import storage
 from swav.doctor.report import Facts, Finding, Member, failed, judged, skipped
+from swav.storage.urls import redacted
 
 _PIECE_BYTES = 1 << 20
 _MB = 1_000_000
@@ -143,8 +144,8 @@ class Trial:
 
 
 def describe(error: BaseException) -> str:
-    """An error in a line; its kind too, where the text does not say it."""
-    text = str(error) or "no text"
+    """An error in words, without secrets; its kind too, where the text does not say it."""
+    text = redacted(error) or "no text"
     return text if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 

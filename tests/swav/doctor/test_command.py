@@ -19,7 +19,7 @@ def test_defaults_are_stated() -> None:
 
 
 def test_a_recipe_brings_its_data() -> None:
-    config = check_command(options("--recipe", "demo", "optim.epochs=3", "data.url=/photos"))
+    config = check_command(options("--recipe", "demo", "optim.epochs=3", "--min-shm-mb", "5", "data.url=/photos"))
     assert config is not None
     assert (config.optim.epochs, config.data.url) == (3, "/photos")
 

@@ -33,6 +33,7 @@ def test_the_node_with_too_little_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert (findings["cache_disk"].status, findings["cache_disk"].measured) == ("fail", 1.0)
     assert findings["cache_disk"].reason == f"rank 8 (host b) in {tmp_path}/cache"
     assert "SWAV_CACHE" in findings["cache_disk"].remedy
+    assert findings["shared_memory"].reason == findings["open_files"].reason == "rank 8 (host b)"
     assert findings["shared_memory"].status == findings["open_files"].status == "fail"
 
 

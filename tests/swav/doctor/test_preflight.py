@@ -111,6 +111,18 @@ def test_a_store_that_is_not_there(
     assert "the report was not written to s3://bucket/run/doctor.json" in caplog.text
 
 
+def test_where_logs_are_json_so_is_the_answer(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("swav.doctor.command.start_logging", lambda: None)  # it would change this process's own
+    monkeypatch.setenv("SWAV_LOG_FORMAT", "json")
+    assert main(["--output", str(place / "run"), *SMALL]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert record["message"] == "the preflight passed"
+    assert record["findings"] == json.loads((place / "run" / "doctor.json").read_text())["findings"]
+
+
 def test_a_store_that_is_too_slow(place: Path) -> None:
     words = ["--output", str(place / "run"), *SMALL, "--min-read-mb-per-second", "1e9"]
     assert main([*words, "--min-write-mb-per-second", "1e9"]) == 1
@@ -212,12 +224,12 @@ if rank == 1:
     storage_check.Trial.write = lambda self: time.sleep(1000)
 """,
     )
-    words = [script, "--output", str(place / "run"), *SMALL, "--timeout-seconds", "20"]
+    words = [script, "--output", str(place / "run"), *SMALL, "--timeout-seconds", "30"]
     with agents(place, place / "cache", words, ranks_per_node=2, options=("--max-restarts=0",)) as node:
         node.start()
         assert node.statuses() == [1], node.printed()
     report = json.loads((place / "run" / "doctor.json").read_text())
     assert "ranks" in failures(report)
-    assert reason(report, "ranks").startswith("rank 1 did not come to the check storage.read in 20 s; rank 1 (host ")
+    assert reason(report, "ranks").startswith("rank 1 did not come to the check storage.read in 30 s; rank 1 (host ")
     assert statuses(report)["storage.write"] == statuses(report)["host.cache_disk"] == "pass"
     assert sorted(path.name for path in (place / "run").iterdir()) == ["doctor.json"]

@@ -52,9 +52,10 @@ hooks: $(STAMP)
 # Images: TAG, another engine (DOCKER), and arguments of every build (IMAGE_ARGS, see docs/images.md) may be given.
 DOCKER ?= docker
 TAG ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' swav/__init__.py)
+SOURCE = $(or $(shell git config --get remote.origin.url | sed 's|//[^@/]*@|//|'),unknown)
 BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(IMAGE_ARGS) --build-arg VERSION=$(TAG) \
 	--build-arg REVISION=$$(git describe --always --abbrev=40 --dirty) \
-	--build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$$(git config --get remote.origin.url || echo unknown)
+	--build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
 
 images:
 	$(BUILD) --target python --tag swav-python:$(TAG) .

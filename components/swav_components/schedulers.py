@@ -167,7 +167,7 @@ class KubernetesScheduler(kubernetes_scheduler.KubernetesScheduler):
                 "removed; where logs are collected, look for its name there"
             ) from error
 
-    def list(self) -> list[ListAppResponse]:
+    def list(self, cfg: Any = None) -> list[ListAppResponse]:
         """All jobs of the namespace that the kubeconfig names, or of ours."""
         from kubernetes import config
 
@@ -182,8 +182,10 @@ class KubernetesScheduler(kubernetes_scheduler.KubernetesScheduler):
         ]
 
     def _cancel_existing(self, app_id: str) -> None:
+        """Remove the job, which frees its name; one that is gone is cancelled."""
+        namespace, _, name = app_id.partition(":")
         try:
-            super()._cancel_existing(app_id)
+            self._custom_objects_api().delete_namespaced_custom_object(namespace=namespace, name=name, **_JOBS)
         except Exception as error:
             if _status(error) != _NOT_FOUND:
                 raise

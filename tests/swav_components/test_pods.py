@@ -75,7 +75,12 @@ def templates(job: dict[str, Any]) -> list[dict[str, Any]]:
 def test_rendering_is_the_reviewed_one(name: str) -> None:
     """Write them anew by SWAV_WRITE_GOLDEN=1, and review the difference."""
     path = GOLDEN / f"{name}.yaml"
-    found = yaml.safe_dump(named(name))
+    job = named(name)
+    for template in templates(job):  # TorchX's versions differ in these
+        del template["metadata"]["labels"]["torchx.pytorch.org/version"]
+        (container,) = template["spec"]["containers"]
+        container["env"] = [variable for variable in container["env"] if variable["name"] != "TORCHX_IMAGE"]
+    found = yaml.safe_dump(job)
     if os.environ.get("SWAV_WRITE_GOLDEN"):
         path.write_text(found)
     assert found == path.read_text()

@@ -80,7 +80,8 @@ class _Driver:
     dead: bool = False
     ended: bool = False
     at: str = ""  # the effect that it stops before
-    called: int = 0  # when it last began to submit
+    called: int = 0  # when it last began to submit,
+    doubtful: bool = False  # and whether another's call for that name was under way then
     paused_until: int = 0
     outcome: Outcome | None = None
     error: BaseException | None = None
@@ -158,7 +159,7 @@ class World:
 
     def called(self, driver: _Driver, name: str) -> None:
         """A driver is about to submit: it must have the lease, and its intent must be on record."""
-        driver.called = self.tick
+        driver.called, driver.doubtful = self.tick, self._in_doubt(name, driver.holder)
         if not self.holds_lease(driver.holder):
             raise BrokenError(f"{driver.holder} submits {name} without the lease")
         found = self.files.get(record_of(name))
@@ -176,7 +177,7 @@ class World:
         missing = [need for need in step.needs if not self._is_done(self._step(need))]
         if missing:
             raise BrokenError(f"{name} is submitted before {missing[0]} is done")
-        if not self._in_doubt(name, driver.holder):  # else this name, and no other, is to be had again
+        if not driver.doubtful:  # else this name, and no other, is to be had again
             if driver.called > self.gone.get(name, self.tick):
                 raise BrokenError(f"{name} is submitted twice")
             if driver.called > self.manifests.get(step.manifest, self.tick):
@@ -270,7 +271,8 @@ class World:
 
     def _in_doubt(self, name: str, holder: str) -> bool:
         """Whether a call for this name, other than the one that is being made, has not been noted as returned."""
-        calls = from_json(self.files[record_of(name)][0]).calls
+        found = self.files.get(record_of(name))
+        calls = () if found is None else from_json(found[0]).calls
         return any(one.made - one.returned > (one.holder == holder) for one in calls)
 
     # --- who goes on ---

@@ -115,7 +115,7 @@ class Peers:
         except DistError:  # rank 0 is gone
             return
         if self.world_size > 1:
-            time.sleep(_SEEN_SECONDS if self.is_first else 2 * _SEEN_SECONDS)
+            time.sleep(_SEEN_SECONDS if self.is_first else 1.2 * _SEEN_SECONDS)
 
     def _notice_break(self) -> None:
         if not self.broken and self.store.check([_BROKEN]):

@@ -13,7 +13,7 @@ import swav
 
 ALONE = ("--rm", *LOCKED_DOWN, "--network", "none", "--memory", "4g")
 JOBS = ("pretrain", "assign", "eval", "launcher")
-SHORT = ("optim.epochs=1", "optim.warmup_epochs=0", "runtime.device=cpu")
+SHORT = ("optim.epochs=1", "optim.warmup_epochs=0", "evaluate.baselines=false", "runtime.device=cpu")
 GIGABYTE = 10**9
 
 

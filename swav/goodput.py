@@ -5,6 +5,7 @@ step goes on from the sum of that step, so what was lost and is repeated counts 
 what the last checkpoint has.
 """
 
+import logging
 import os
 import struct
 from pathlib import Path
@@ -14,9 +15,14 @@ from swav.program import LAUNCHER_FOLDER
 _ENTRY = struct.Struct("<qd")  # a step of the run, seconds in steps up to it
 _BOOK = "kept-"
 
+_logger = logging.getLogger(__name__)
+
 
 class StepBook:
-    """The book of one rank: the present sum, then the sums at checkpoints, in ascending order."""
+    """The book of one rank: the present sum, then the sums at checkpoints, in ascending order.
+
+    A full disk ends the book, not the run.
+    """
 
     def __init__(self, step: int) -> None:
         """Open the book, in the launcher's folder where there is one.
@@ -32,25 +38,39 @@ class StepBook:
         path = Path(folder, _BOOK + os.environ.get("LOCAL_RANK", "0"))
         kept = [entry for entry in _entries(path)[1:] if entry[0] <= step]
         self.seconds = kept[-1][1] if kept else 0.0
-        _replace(path, [(step, self.seconds), *kept])
-        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _replace(path, [(step, self.seconds), *kept])
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            self._give_up(error)
 
     def add(self, step: int, seconds: float) -> None:
         """Count a step that is done."""
         self.seconds += seconds
-        if self._file >= 0:
-            os.pwrite(self._file, _ENTRY.pack(step, self.seconds), 0)
+        self._write(step, 0)
 
     def keep(self, step: int) -> None:
         """Note that the state after this step is being saved."""
         if self._file >= 0:
-            os.pwrite(self._file, _ENTRY.pack(step, self.seconds), os.fstat(self._file).st_size)
+            self._write(step, os.fstat(self._file).st_size)
 
     def close(self) -> None:
         """Close the file, which stays."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _write(self, step: int, offset: int) -> None:
+        if self._file < 0:
+            return
+        try:
+            os.pwrite(self._file, _ENTRY.pack(step, self.seconds), offset)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        _logger.warning("goodput is not known from here on: %s; training goes on", error)
+        self.close()
 
 
 def settle(folder: Path) -> None:

@@ -5,6 +5,7 @@ with the files of the one before, so counters never fall and files are as many a
 asked for.
 """
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ GAUGES = {
 _AGES = {f"swav_{name}" for name in ("checkpoint_age_seconds", "labels_age_seconds")}  # kept as times
 # What prometheus_client calls gauges of which the latest value counts, while its process lives.
 _FORGOTTEN: Final = "livemostrecent"
+_FILE_BYTES = 1 << 16  # as prometheus_client makes them; all metrics here take a tenth of it
 
 
 class Meters:
@@ -50,9 +52,13 @@ class Meters:
 
         Args:
             local_rank: of a launcher's rank; None to keep them in memory.
+
+        Raises:
+            OSError: there is no room for a rank's files.
         """
         disable_created_metrics()  # type: ignore[no-untyped-call]
         if local_rank is not None:
+            _reserve(local_rank)
             values.ValueClass = values.MultiProcessValue(lambda: local_rank)  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._counters = {
@@ -92,6 +98,17 @@ def forget_gauges(folder: Path) -> None:
     """Remove what ranks showed that are no more."""
     for path in folder.glob(f"gauge_{_FORGOTTEN}_*.db"):
         path.unlink()
+
+
+def _reserve(local_rank: str) -> None:
+    """Take the room for a rank's files: they are written to as memory, where a full disk would kill the process."""
+    for kind in ("counter", f"gauge_{_FORGOTTEN}"):
+        path = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{kind}_{local_rank}.db")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(file, 0, _FILE_BYTES)
+        finally:
+            os.close(file)
 
 
 def _size(path: Path) -> int:

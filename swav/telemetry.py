@@ -6,6 +6,7 @@ launcher. docs/observability.md defines every metric.
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
 _OF_STORAGE = {"retries": "storage_retries", "hedges": "storage_hedges", "bytes_received": "storage_bytes"}
+
+_logger = logging.getLogger(__name__)
 
 # A process has one set of metrics, as it has one log: what is said anywhere in it goes there.
 _meters: "Meters | None" = None
@@ -48,7 +51,10 @@ def reporting() -> Iterator[None]:
             from swav.meters import Meters  # where nobody asks, it need not be loaded
 
             if LAUNCHER_FOLDER in os.environ:
-                _meters = Meters(local_rank)
+                try:
+                    _meters = Meters(local_rank)
+                except OSError as error:
+                    _logger.warning("this rank has no metrics: %s; its work goes on", error)
             else:
                 from swav.endpoint import serving
 
@@ -86,8 +92,11 @@ def forget_ranks(life: Life) -> None:
         return
     from swav.meters import forget_gauges
 
-    goodput.settle(life.folder)
-    forget_gauges(life.folder / "metrics")
+    try:
+        goodput.settle(life.folder)
+        forget_gauges(life.folder / "metrics")
+    except OSError as error:
+        _logger.warning("metrics may show what ranks that are no more have left: %s", error)
 
 
 def count(name: str, number: int = 1) -> None:

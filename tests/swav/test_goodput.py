@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from swav_testing.runs import files_of_at_most
 
 from swav.goodput import StepBook, kept_seconds, settle
 from swav.program import LAUNCHER_FOLDER
@@ -73,6 +74,19 @@ def test_a_process_by_itself_keeps_its_book_in_memory(monkeypatch: pytest.Monkey
     book.keep(6)
     book.close()
     assert book.seconds == 2.5
+
+
+def test_a_full_disk_ends_the_book_and_not_the_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    book = StepBook(0)
+    with files_of_at_most(16):  # the first entry's size
+        book.add(1, 2.0)
+        book.keep(1)
+        book.add(2, 2.0)
+    assert kept_seconds(folder) == 2
+    book.close()
+    with files_of_at_most(8):
+        StepBook(1).add(2, 3.0)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["goodput is not known from here on"] * 2
 
 
 def test_books_stay_small(folder: Path) -> None:

@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from prometheus_client import Metric
+from swav_testing.runs import files_of_at_most
 
 from swav.meters import COUNTERS, GAUGES, Meters
 
@@ -64,6 +66,12 @@ for life in range(1000):
     assert sorted(path.name for path in folder.iterdir()) == ["counter_0.db", "counter_1.db"]
 print("done")
 """
+
+
+def test_a_rank_without_room_for_its_files_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with files_of_at_most(1000), pytest.raises(OSError, match="too large"):
+        Meters("0")
 
 
 def test_a_thousand_lives_leave_the_files_of_one_and_counters_go_on(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_killed_rank_leaves_counters_and_takes_its_gauges(tmp_path: Path, cach
         assert scrapes[-1].keys() == OF_THE_RUN | OF_A_POD
         assert (scrapes[-1]["swav_world_size"], scrapes[-1]["swav_images_total"]) == (2, 88)
         files = sorted(path.name for path in folders.glob("swav-elastic-*/metrics/*"))
-        assert files == ["counter_0.db", "counter_1.db", "gauge_livemostrecent_0.db"]
+        assert files == [f"{kind}_{rank}.db" for kind in ("counter", "gauge_livemostrecent") for rank in (0, 1)]
         os.kill(children(process.pid)[0], signal.SIGKILL)
         between = wait_for_metrics(port, lambda found: found["swav_restarts_total"] == 1)
         assert OF_THE_RUN.isdisjoint(between[-1])  # they were the dead rank's, and starting another takes a while

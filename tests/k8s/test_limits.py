@@ -133,8 +133,9 @@ def test_limit_range_keeps_out_what_asks_for_less_than_it_may_use() -> None:
 def test_overlay_has_room_for_the_job_that_it_is_for(overlay: str, arguments: list[str]) -> None:
     app = materialize_appdef(jobs.pretrain, ["--name", "a-run", *arguments])
     job = schedulers.create_scheduler("test").submit_dryrun(app, {}).request.resource
-    templates = [task["template"] for task in job["spec"]["tasks"]]
+    templates = [task["template"] for task in job["spec"]["tasks"] for _ in range(task["replicas"])]
     folder = f"overlays/{overlay}"
+    assert len(templates) == int(re.sub(r"(\d+:)?(\d+)x\d+", r"\2", arguments[arguments.index("-j") + 1]))
     for name, number in asked(templates).items():
         assert number <= quota(folder)[name], name
         assert number <= capability(folder).get(name.removeprefix("requests."), number), name

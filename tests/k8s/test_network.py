@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from swav_testing.kustomize import OVERLAYS, PREREQUISITES, render
+from swav_testing.kustomize import OVERLAYS, PREREQUISITES, one, render
 
 GOLDEN = Path(__file__).parents[1] / "swav_components" / "golden"
 METADATA, PRIVATE, STORE, API = "169.254.169.254", "10.1.2.3", "52.216.1.1", "10.96.0.1"
@@ -79,10 +79,16 @@ def connects(folder: str, source: Pod | str, target: Pod | str, port: int, proto
 
 
 @pytest.mark.parametrize("folder", PREREQUISITES)
+def test_nothing_passes_without_a_policy_that_says_so(folder: str) -> None:
+    spec = one(folder, "NetworkPolicy", "default-deny")["spec"]
+    assert spec == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+@pytest.mark.parametrize("folder", PREREQUISITES)
 @pytest.mark.parametrize("port", [29500, 9400, 41234])
 def test_pods_that_compute_together_reach_one_another_on_any_port(folder: str, port: int) -> None:
-    for one, other in [("trainer", "trainer"), ("trainer", "assigner"), ("doctor", "doctor")]:
-        assert connects(folder, pod(one), pod(other), port)
+    for source, target in [("trainer", "trainer"), ("trainer", "assigner"), ("doctor", "doctor")]:
+        assert connects(folder, pod(source), pod(target), port)
 
 
 @pytest.mark.parametrize("folder", PREREQUISITES)
@@ -105,9 +111,9 @@ def test_prometheus_reads_metrics_and_nothing_else(folder: str) -> None:
 @pytest.mark.parametrize("folder", PREREQUISITES)
 @pytest.mark.parametrize("protocol", ["UDP", "TCP"])
 def test_every_pod_finds_names(folder: str, protocol: str) -> None:
-    for one in (pod("trainer"), pod("driver"), S3):
-        assert connects(folder, one, DNS, 53, protocol)
-        assert connects(folder, one, "169.254.20.10", 53, protocol)  # NodeLocal DNSCache
+    for source in (pod("trainer"), pod("driver"), S3):
+        assert connects(folder, source, DNS, 53, protocol)
+        assert connects(folder, source, "169.254.20.10", 53, protocol)  # NodeLocal DNSCache
     assert not connects(folder, pod("trainer"), STORE, 53, protocol)
 
 

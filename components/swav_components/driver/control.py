@@ -135,13 +135,15 @@ class Driver:
         return rows
 
     def _pass(self) -> Outcome | None:
-        if not self._hold():
-            verdict = self.look()
+        held = self._hold()
+        if not held:
             self._say("lease", "another driver of this run is at work; this one waits in case it ends")
-        else:
-            verdict = self._act()
+        verdict = self.look()
         for key, (state, why) in verdict.states.items():
             self._say(key, f"{key}: {state}{why and ', '}{why}")
+        if held:
+            for action in verdict.actions:
+                self._perform(action)
         if not verdict.finished:
             return None
         return Outcome.DONE if verdict.succeeded else Outcome.FAILED
@@ -183,13 +185,6 @@ class Driver:
                 f"{key} of this run was submitted as {record.command!r}, and is {step.command!r} now; give the same "
                 "words (new evaluations come last), --retry where it has failed, or another --run"
             )
-
-    def _act(self) -> Verdict:
-        """Look, and do what follows from it."""
-        verdict = self.look()
-        for action in verdict.actions:
-            self._perform(action)
-        return verdict
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Submit):
@@ -235,7 +230,7 @@ class Driver:
         except Exception as error:
             _logger.warning("job %s may not have been submitted, which will be seen: %s", name, error)
             return
-        _logger.info("submitted job %s: %s", name, action.step.command)
+        _logger.info("submitted job %s", self._jobs.handle(name))
         self._note(name, lambda found: replace(found.with_call(holder, fencing, returned=1), confirmed_by=holder))
         if not self._lease.confirm():
             self._regret(action)
@@ -287,7 +282,7 @@ class Driver:
         return tuple(sorted(found, key=lambda job: job.record.number))
 
     def _count(self, name: str, tag: str, state: JobState) -> int:
-        """How often in a row the job was missing, its record being what it is now: a later call starts the count anew."""
+        """How often in a row the job was missing since its record was last written, as by a call."""
         before, count = self._absent.get(name, (tag, 0))
         count = (count if before == tag else 0) + 1 if state is JobState.ABSENT else 0
         self._absent[name] = tag, count

@@ -22,7 +22,7 @@ from swav_components import jobs
 T = TypeVar("T")
 
 RESULT = "result.json"
-_PRETRAINING = ("pretrain", "deepclusterv2", "selav2")
+PRETRAINING = ("pretrain", "deepclusterv2", "selav2")
 _ASSIGN = "assign"
 _MAX_NAME = 63  # of a pod: a label of DNS
 _SLUG, _HASH = 20, 6
@@ -93,7 +93,7 @@ def make_plan(run: str, pretraining: str, words: str, *, assign: str | None, eva
         ValueError: a component refuses its arguments, or they do not fit together.
     """
     run = absolute(run)
-    key = _PRETRAINING[0]
+    key = PRETRAINING[0]
     first = _step(run, key, pretraining, words, manifest=RESULT, given={"output": run}, partner=assign is not None)
     _check_method(pretraining, first, assign is not None)
     steps = [first]
@@ -167,7 +167,7 @@ def _step(
         shlex.join([component, *said]),
         manifest,
         needs,
-        partner=(_PRETRAINING[0] if component == _ASSIGN else _ASSIGN) if partner else None,
+        partner=(PRETRAINING[0] if component == _ASSIGN else _ASSIGN) if partner else None,
         follows=component == _ASSIGN,
     )
     found = _namespace(step)
@@ -191,7 +191,7 @@ def _check_method(pretraining: str, step: Step, assigned: bool) -> None:
     """Refuse a trainer that would wait for labels that nobody makes, and an assigner that nobody waits for."""
     found = _namespace(step)
     offline = configure(found.recipe, data=found.data, overrides=found.overrides or ()).offline is not None
-    both = pretraining != _PRETRAINING[0]
+    both = pretraining != PRETRAINING[0]
     if assigned and both:
         raise ValueError(f"--assign: the job of swav.{pretraining} has an assigner already; leave --assign out")
     if assigned and not offline:

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,7 @@ def open_jobs(plan: Plan, scheduler: str, arguments: str, holder: str) -> "Torch
     Raises:
         ValueError: there is no such scheduler, or it refuses a job or an argument.
     """
+    logging.getLogger("torchx").setLevel(logging.WARNING)  # it tells much of little use, with every rendering
     runner = get_runner()
     if scheduler not in runner.scheduler_backends():
         raise ValueError(f"--scheduler {scheduler}: choose from {', '.join(sorted(runner.scheduler_backends()))}")
@@ -161,6 +162,9 @@ class TorchxJobs:
         """The command that shows its logs."""
         return f"torchx log {self.handle(name)}"
 
+    def settle(self, wait: Callable[[], bool]) -> None:
+        """Let jobs whose steps are done come to their ends, where closing would cut these short."""
+
     def close(self) -> None:
         """Let go of the runner."""
         if not self._closed:
@@ -184,6 +188,10 @@ class LocalJobs(TorchxJobs):
 
     end_with_driver = True
 
+    def __init__(self, plan: Plan, runner: Runner, scheduler: str, config: Mapping[str, CfgVal]) -> None:
+        super().__init__(plan, runner, scheduler, config)
+        self._started: dict[str, Step] = {}
+
     def submit(self, step: Step, name: str) -> None:
         """Start the processes, unless some of this step are there."""
         with locked(self._lock()):
@@ -193,6 +201,7 @@ class LocalJobs(TorchxJobs):
                 self._runner.schedule(self._rendered(step, name))
             except Exception as error:
                 raise RefusedError(f"it could not be started: {error}") from error
+            self._started[name] = step
 
     def state(self, step: Step, name: str) -> JobState:
         """By its processes, and by how they ended where this driver started them."""
@@ -218,6 +227,12 @@ class LocalJobs(TorchxJobs):
             return "give --scheduler_args log_dir=FOLDER to keep its logs"
         return f"its logs are in {folder}/{self._runner.name()}/{name}"
 
+    def settle(self, wait: Callable[[], bool]) -> None:
+        """Wait for the processes of this driver's jobs; ``wait`` returns True to stop waiting."""
+        while any(super(LocalJobs, self).state(step, name) is JobState.LIVE for name, step in self._started.items()):
+            if wait():
+                return
+
     def _rendered(self, step: Step, name: str) -> AppDryRunInfo[Any]:
         app = self._app(step, name)
         for role in app.roles:
@@ -230,7 +245,8 @@ class LocalJobs(TorchxJobs):
         return rendered
 
     def _mark(self, step: Step, name: str | None = None) -> str:
-        return f"{self._plan.run}#{step.key}#{name or ''}"
+        """Of a step, or of one job of it; what begins one mark is no other's."""
+        return f"{self._plan.run}#{step.key}#" + ("" if name is None else f"{name}#")
 
     def _lock(self) -> Path:
         """Of all drivers of this run on this host."""

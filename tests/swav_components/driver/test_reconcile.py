@@ -43,6 +43,12 @@ def _reconcile(*jobs: Job, plan: Plan = PLAN, rules: Rules | None = None, **othe
     return reconcile(Observed(plan, rules or Rules(), steps))
 
 
+def _of_both(jobs: dict[str, Seen]) -> Verdict:
+    """Of a trainer and its assigner."""
+    steps = {step.key: Seen(False) for step in OFFLINE.steps} | jobs
+    return reconcile(Observed(OFFLINE, Rules(), steps))
+
+
 def _names(actions: list[Action]) -> list[str]:
     return [action.name if isinstance(action, Cancel) else action.record.name for action in actions]
 
@@ -167,14 +173,14 @@ def test_who_waits_for_a_partner_that_has_failed_is_stopped(failed: str, other: 
         failed: Seen(False, (_job(JobState.FAILED, _record(failed, 1, RETURNED, ended=End.FAILED)),)),
         other: Seen(False, (_job(JobState.LIVE, _record(other, 1, RETURNED)),)),
     }
-    (action,) = _reconcile(plan=OFFLINE, **jobs).actions
+    (action,) = _of_both(jobs).actions
     assert isinstance(action, Close)
     assert (action.record.step, action.record.ended) == (other, End.CANCELLED)
     jobs[other] = Seen(False, (_job(JobState.LIVE, action.record),))
-    verdict = _reconcile(plan=OFFLINE, **jobs)
+    verdict = _of_both(jobs)
     assert [type(action) for action in verdict.actions] == [Cancel]
     jobs[other] = Seen(False, (_job(JobState.ABSENT, action.record, absent=1),))
-    verdict = _reconcile(plan=OFFLINE, **jobs)
+    verdict = _of_both(jobs)
     assert (verdict.actions, verdict.finished) == ([], True)
 
 

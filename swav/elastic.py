@@ -33,7 +33,7 @@ from torch.distributed.launcher import api as launcher
 
 from swav.life import Life
 from swav.logs import start_logging
-from swav.program import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER_FOLDER, LAUNCHER_PID, SAID
+from swav.program import EXIT_FAILED, EXIT_FUTILE, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER_FOLDER, LAUNCHER_PID, SAID
 from swav.telemetry import forget_ranks, launcher_endpoint
 from swav.watchdog import last_step
 
@@ -179,7 +179,7 @@ class Agent(LocalElasticAgent):
         if self._num_futile >= self._max_futile_restarts:
             where = f"beyond step {self._furthest_step}" if self._furthest_step >= 0 else "to a first step"
             self._end(
-                EXIT_FAILED,
+                EXIT_FUTILE,
                 f"{self._num_futile} restarts in a row got no further ({where}); mend what the workers say above, then "
                 "run the same command again",
             )

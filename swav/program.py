@@ -12,6 +12,7 @@ from types import FrameType
 
 EXIT_FAILED = 1  # something in the world went wrong: mend it, and the same command goes on
 EXIT_REFUSED = 64  # the command is wrong: another try will not help
+EXIT_FUTILE = 70  # so do others, again and again: a person has to look (swav.elastic alone ends so)
 EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
 
 # What swav.elastic tells the workers of its host: its process, and a folder that they share with it.

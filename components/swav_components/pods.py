@@ -20,10 +20,11 @@ MAX_NAME = 63  # of a label's value, a host name and a volume
 # An agent gives its ranks so long to save after SIGTERM; the kernel ends the pod after the grace period.
 _SHUTDOWN_SECONDS = 150
 _GRACE_SECONDS = 180
-_MAX_RETRIES = 1000  # every pod that is replaced counts as one
+# Every pod that is replaced counts. What is elastic sees to it itself that it gets on; the rest begins anew each time.
+_MAX_RETRIES = {"trainer": 1000, "assigner": 1000, "evaluator": 20, "shards": 20, "doctor": 1}
 _KEPT_SECONDS = 7 * 24 * 3600  # a finished job, for those who look later
 _LEAVE_SECONDS = 30  # a lost node is given up after so long; Kubernetes' own 300 hold up everybody else
-_EXIT_REFUSED = 64  # the command is wrong: no other pod would do better
+_FOR_A_PERSON = (64, 70)  # the command is wrong, or goes on failing at one place: no other pod would do better
 
 _PRIORITIES = {"evaluator": "swav-evaluation"}  # all others train, or are waited for by what trains
 _SERVING = ("trainer", "assigner", "evaluator")  # say by HTTP whether they get on
@@ -48,9 +49,10 @@ def complete(job: dict[str, Any], roles: Iterable[ProgramRole], settings: Mappin
     spec = job["spec"]
     rendered = iter(spec["tasks"])
     spec["tasks"] = []
-    num_pods = num_needed = 0
+    num_pods = num_needed = max_retries = 0
     for role in roles:
         _check(role)
+        max_retries = max(max_retries, _MAX_RETRIES[role.kind])
         num_pods += role.num_replicas
         num_needed += role.min_replicas or role.num_replicas
         spec["tasks"] += _tasks([next(rendered) for _ in range(role.num_replicas)], role, settings)
@@ -61,9 +63,9 @@ def complete(job: dict[str, Any], roles: Iterable[ProgramRole], settings: Mappin
     spec |= {
         "minAvailable": num_needed,  # the gang: less than these does not start
         "minSuccess": num_needed,  # done when these are; a pod that never found a node is not waited for
-        "maxRetry": _MAX_RETRIES,
+        "maxRetry": max_retries,
         "policies": [  # the first that fits counts
-            {"exitCode": _EXIT_REFUSED, "action": "TerminateJob"},
+            *({"exitCode": status, "action": "TerminateJob"} for status in _FOR_A_PERSON),
             {"event": "PodFailed", "action": "RestartPod"},  # 75 (stopped, saved) and 1: another pod goes on
             {"event": "PodEvicted", "action": "RestartPod"},
         ],
@@ -97,7 +99,7 @@ def pod_name(job: str, role: str, replica: int) -> str:
 
 
 def _complete_task(task: dict[str, Any], role: ProgramRole, settings: Mapping[str, Any]) -> None:
-    task["maxRetry"] = _MAX_RETRIES
+    task["maxRetry"] = _MAX_RETRIES[role.kind]
     metadata, pod = task["template"]["metadata"], task["template"]["spec"]
     metadata["labels"] |= {"app.kubernetes.io/part-of": "swav", "app.kubernetes.io/component": role.kind}
     del metadata["labels"]["torchx.pytorch.org/replica-id"]

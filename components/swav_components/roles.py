@@ -133,12 +133,13 @@ def pretrain(
     return on_nodes(role, j)
 
 
-def on_nodes(role: ProgramRole, j: str) -> ProgramRole:
+def on_nodes(role: ProgramRole, j: str, *, options: str = "") -> ProgramRole:
     """A role's program as the ranks of some nodes, under :mod:`swav.elastic` where they are more than one.
 
     Args:
         role: of one process; changed.
         j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
+        options: of the launcher, each with a blank behind it.
 
     Raises:
         ComponentValidationException: ``j`` is of another form.
@@ -149,7 +150,7 @@ def on_nodes(role: ProgramRole, j: str) -> ProgramRole:
         raise ComponentValidationException(str(error)) from error
     if max_nodes == num_processes == 1:
         return role
-    launch = f"-m swav.elastic --nnodes={nodes} --nproc-per-node={num_processes}"
+    launch = f"-m swav.elastic --nnodes={nodes} --nproc-per-node={num_processes} {options}".rstrip()
     if max_nodes == 1:
         role.args = [*launch.split(), "--standalone", *role.args]
         return role
@@ -324,6 +325,11 @@ def doctor(
         j: nodes and processes as of the run.
         node: where it runs.
     """
+    nodes = j.partition("x")[0]
+    if ":" in nodes:
+        raise ComponentValidationException(
+            f"-j {j}: all nodes are to be checked, so say how many, e.g. -j {j.partition(':')[2]}"
+        )
     role = program(
         "swav.doctor",
         [*option("output", output), *option("data", data), *options],
@@ -331,7 +337,7 @@ def doctor(
         kind="doctor",
         urls={"data": data, "output": output},
     )
-    return on_nodes(role, j)
+    return on_nodes(role, j, options="--max-restarts=0 ")
 
 
 def program(

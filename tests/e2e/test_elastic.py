@@ -31,7 +31,7 @@ from swav_testing.runs import (
 )
 
 from swav.checkpoint import checkpoint_steps
-from swav.program import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from swav.program import EXIT_FAILED, EXIT_FUTILE, EXIT_REFUSED, EXIT_STOPPED
 
 SHORT = "runtime.collective_timeout_seconds=15"
 NEVER = "runtime.checkpoint_every_steps=1000"
@@ -168,7 +168,7 @@ def test_a_run_that_stands_still_is_ended_with_its_stacks(tmp_path: Path, cache:
     with gated(tmp_path, cache, data, "runtime.stalled_after_seconds=8", options=options) as started:
         allow(tmp_path / "gate", 4)
         started.start()
-        assert started.statuses() == [EXIT_FAILED], started.printed()
+        assert started.statuses() == [EXIT_FUTILE], started.printed()
         printed = started.printed()
     assert "Timeout (0:00:08)!" in printed
     assert "gated.py" in printed

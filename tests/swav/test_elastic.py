@@ -10,7 +10,7 @@ from swav_testing.agents import Agents, agents
 from swav_testing.runs import DEADLINE_SECONDS, children
 
 from swav import elastic
-from swav.program import EXIT_REFUSED, EXIT_STOPPED
+from swav.program import EXIT_FUTILE, EXIT_REFUSED, EXIT_STOPPED
 
 # Notes each life of a rank, and gives each the next of the statuses that its rank is told ("1,1,0"; "-" waits).
 WORKER = """
@@ -74,7 +74,7 @@ def test_a_refused_command_is_not_tried_again(tmp_path: Path, cache: Path, statu
 
 def test_a_crash_that_repeats_ends_after_three_restarts(tmp_path: Path, cache: Path) -> None:
     status, printed = end(tmp_path, cache, "1@5,3@7,1@6,-9@7,1@7")
-    assert status == 1
+    assert status == EXIT_FUTILE
     assert lives(tmp_path) == [5]  # the second life got further
     assert "3 restarts in a row got no further (beyond step 7)" in printed
 

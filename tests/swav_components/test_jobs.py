@@ -183,6 +183,9 @@ def test_shards_and_doctor_pass_their_options() -> None:
     arguments = ["--output", "s3://b/run", "-j", "1x2", "--", "--recipe", "demo", "--min-free-disk-gb", "9"]
     ((command, _),) = _replicas(materialize_appdef(jobs.doctor, arguments))
     assert command[-8:] == ["-m", "swav.doctor", "--output", "s3://b/run", *arguments[5:]]
+    assert "--max-restarts=0" in command  # what fails is to be told, not tried until it passes
+    with pytest.raises(ComponentValidationException, match=r"-j 4:8x8: all nodes are to be checked.* -j 8x8"):
+        jobs.doctor(output="s3://b/run", j="4:8x8")
 
 
 @pytest.mark.parametrize("job", [jobs.pretrain, *OFFLINE])

@@ -51,7 +51,7 @@ RENDERINGS: dict[str, tuple[Callable[..., specs.AppDef], list[str]]] = {
         ["--source", "s3://bucket/a.csv", "--out", "s3://bucket/b", "--shuffle", "1", "--disk_gb", "900"],
     ),
     "doctor-small": (jobs.doctor, ["--output", "s3://bucket/runs/a"]),
-    "doctor-large": (jobs.doctor, [*RUN, *LARGE, "--", "--min-free-disk-gb", "500"]),
+    "doctor-large": (jobs.doctor, [*RUN, "-j", "3x8", *GPUS, "--", "--min-free-disk-gb", "500"]),
 }
 
 
@@ -180,7 +180,12 @@ def test_agents_have_their_time_to_stop() -> None:
 
 def test_a_refused_command_ends_the_job_before_another_pod_is_tried() -> None:
     job = named("deepclusterv2-small")
-    assert job["spec"]["policies"][0] == {"exitCode": 64, "action": "TerminateJob"}
+    assert job["spec"]["policies"] == [
+        {"exitCode": 64, "action": "TerminateJob"},
+        {"exitCode": 70, "action": "TerminateJob"},
+        {"event": "PodFailed", "action": "RestartPod"},
+        {"event": "PodEvicted", "action": "RestartPod"},
+    ]
     assert not any("policies" in task for task in job["spec"]["tasks"])  # they would come before the job's
 
 

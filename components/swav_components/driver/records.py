@@ -92,7 +92,7 @@ def from_json(data: bytes) -> Record:
         found["calls"] = tuple(Calls(**calls) for calls in found["calls"])
         found["ended"] = None if found["ended"] is None else End(found["ended"])
         return Record(**found)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a record of a job: {error!r}") from error
 
 

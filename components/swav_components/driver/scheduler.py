@@ -16,7 +16,7 @@ from swav_components.driver.plan import Plan, Step, app_of, run_name
 from swav_components.driver.reconcile import JobState
 
 JOB = "SWAV_DRIVER_JOB"  # environment of local jobs: run, step and name, by which drivers find them
-LOCAL = "local_cwd"
+LOCAL, KUBERNETES = "local_cwd", "kubernetes"
 _REFUSALS = frozenset({400, 401, 403, 404, 422})  # of an API server: another try will not help
 _GONE = 404
 _STATES = {
@@ -73,6 +73,8 @@ def open_jobs(plan: Plan, scheduler: str, arguments: str, holder: str) -> "Torch
     runner = get_runner()
     if scheduler not in runner.scheduler_backends():
         raise ValueError(f"--scheduler {scheduler}: choose from {', '.join(sorted(runner.scheduler_backends()))}")
+    if scheduler == KUBERNETES and not is_remote(plan.run):
+        raise ValueError(f"--run {plan.run}: pods cannot reach a folder of this machine; give s3://bucket/prefix")
     options = runner.scheduler_run_opts(scheduler)
     given = [pair.partition("=")[0] for pair in arguments.replace(";", ",").split(",") if "=" in pair]
     known = [name for name, _ in options]

@@ -4,26 +4,19 @@
 """
 
 import argparse
-import io
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 LOG_FORMAT = "SWAV_LOG_FORMAT"
 _TEXT = "%(message)s"
-_BAR_EVERY_SECONDS = 15.0
-_BAR_FORMAT = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 _USAGE_ERROR = 2  # as argparse ends
-_FACTS = "facts"  # name of what a record carries beside its message
+FACTS = "facts"  # name of what a record carries beside its message
 
 _logger = logging.getLogger(__name__)
 
@@ -70,24 +63,10 @@ def answer(text: str, *, title: str | None = None, **facts: Any) -> None:
     """
     if is_json():
         record = logging.LogRecord(__name__, logging.INFO, __file__, 0, title or text, None, None)
-        vars(record)[_FACTS] = facts
+        vars(record)[FACTS] = facts
         text = JsonFormatter().format(record)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def above_bars() -> AbstractContextManager[Any]:
-    """Within the block, lines of the log do not tear a progress bar."""
-    return nullcontext() if is_json() else logging_redirect_tqdm()
-
-
-def progress_bar(**settings: Any) -> "tqdm[Any]":
-    """A progress bar of tqdm's; as JSON, a record every 15 s at most.
-
-    Args:
-        settings: of tqdm.
-    """
-    return _LoggedBar(**settings) if is_json() else tqdm(**settings)
 
 
 class JsonFormatter(logging.Formatter):
@@ -107,33 +86,12 @@ class JsonFormatter(logging.Formatter):
                 said[name] = int(os.environ[variable])
         if os.environ.get("POD_NAME"):
             said["pod"] = os.environ["POD_NAME"]
-        said |= _context | getattr(record, _FACTS, {})
+        said |= _context | getattr(record, FACTS, {})
         if record.exc_info and record.exc_info[0] is not None:
             said["exception"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         if record.stack_info:
             said["stack"] = record.stack_info
         return json.dumps(said, default=str)
-
-
-class _LoggedBar(tqdm):  # type: ignore[type-arg]
-    """Says how far it is by records of the log."""
-
-    def __init__(self, **settings: Any) -> None:
-        self._said_at = time.monotonic()
-        settings |= {"file": io.StringIO(), "mininterval": _BAR_EVERY_SECONDS, "bar_format": _BAR_FORMAT}
-        super().__init__(**settings)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Say it, if the last time is long enough ago."""
-        if time.monotonic() - self._said_at < _BAR_EVERY_SECONDS:
-            return
-        self._said_at = time.monotonic()
-        shown = self.format_dict
-        facts = {"done": shown["n"], "total": shown["total"], "per_second": shown["rate"]}
-        _logger.info("%s", self, extra={_FACTS: {"progress": {"of": self.desc, "unit": self.unit.strip(), **facts}}})
-
-    def clear(self, nolock: bool = False) -> None:
-        """Nothing is drawn."""
 
 
 def _use_json() -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from swav import storage, telemetry
+from swav.bars import progress_bar
 from swav.config import PretrainConfig, SwavConfig
 from swav.distributed import all_reduce_sum, rank, world_size
-from swav.logs import progress_bar, set_context
+from swav.logs import set_context
 from swav.storage import Location, join, local_path, write_atomic
 
 _logger = logging.getLogger(__name__)

@@ -8,12 +8,13 @@ import sys
 
 from torch import nn
 
+from swav.bars import above_bars
 from swav.config import EvaluateConfig, PretrainConfig
 from swav.data.index import DatasetIndex
 from swav.data.source import has_labels, open_dataset
 from swav.distributed import barrier, pick_device, process_group, rank
 from swav.features import Evaluation
-from swav.logs import above_bars, answer, set_context, start_logging
+from swav.logs import answer, set_context, start_logging
 from swav.methods import build_backbone
 from swav.models.backbone_file import save_backbone
 from swav.program import run, stop_at_once

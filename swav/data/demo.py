@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from swav import rng
+from swav.bars import progress_bar
 from swav.data.index import build_index
-from swav.logs import progress_bar
 from swav.storage import write_atomic
 
 DEMO_VERSION = 2  # of the images; names the folder that keeps them

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swav import storage
+from swav.bars import progress_bar
 from swav.data.index_files import index_url, read_index, table_url, write_index
 from swav.data.scan import known_extensions, scan
 from swav.data.shard_table import Shard, npy_bytes, pack, shard_from_json, shard_to_json, unpack
-from swav.logs import progress_bar
 from swav.watchdog import progress
 
 UNFINISHED_MARK = "write_shards.json"  # stands beside shards that are still being written

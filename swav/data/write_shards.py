@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from swav import rng, storage
+from swav.bars import progress_bar
 from swav.data.image_source import ImageSource, find_images
 from swav.data.index import DatasetIndex, build_index, open_index
 from swav.data.index_build import UNFINISHED_MARK, finished_shard, write_rows
 from swav.data.scan import ROW_DTYPE
 from swav.data.shard_table import Shard
 from swav.data.shard_writer import Sample, write_shard
-from swav.logs import answer, progress_bar, start_logging
+from swav.logs import answer, start_logging
 from swav.program import run
 from swav.watchdog import progress
 

@@ -133,27 +133,6 @@ assert False, "ours"
     assert "AssertionError: ours" in ended["exception"]
 
 
-def test_a_bar_says_how_far_it_is_by_records() -> None:
-    body = """
-logs._BAR_EVERY_SECONDS = 0.01
-import time
-logs.set_context(step=7, epoch=2)
-with logs.progress_bar(total=4, desc="indexing", unit=" tars") as bar:
-    for _ in range(4):
-        time.sleep(0.02)
-        bar.set_postfix(loss="1.5", refresh=False)
-        bar.update()
-"""
-    out, err = said_by(body, SWAV_LOG_FORMAT="json")
-    assert out == ""
-    records = parsed(err)
-    assert records
-    assert (records[0]["step"], records[0]["epoch"]) == (7, 2)
-    assert records[0]["message"].startswith("indexing: ")
-    assert "loss=1.5" in records[0]["message"]
-    assert records[0]["progress"]["total"] == 4
-
-
 def test_text_stays_the_default_and_another_format_is_named() -> None:
     body = "logging.info('one')\nlogs.answer('two', result=3)"
     assert said_by(body, SWAV_LOG_FORMAT="") == ("two\n", "one\n")

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_a_signal_shows_every_stack_and_ends_nothing() -> None:
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert 'File "<string>", line 5 in <module>' in err
+    assert re.search('File "<string>", line [45] in <module>', err)  # the line after may not have begun
 
 
 def test_the_launcher_sees_the_furthest_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

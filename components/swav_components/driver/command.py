@@ -7,13 +7,14 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
+from dataclasses import asdict
 from types import FrameType
 
-from swav.logs import start_logging
+from swav.logs import answer, start_logging
 from swav.program import EXIT_REFUSED, Stopped, run
 from swav.storage import absolute, check_conditions, join, read_tagged
+from swav.watchdog import ends_when_stalled, progress
 from swav_components.driver.control import PLAN, Driver, Outcome, Row
 from swav_components.driver.lease import Lease
 from swav_components.driver.plan import PRETRAINING, Plan, make_plan
@@ -22,6 +23,7 @@ from swav_components.driver.records import RunFolder
 from swav_components.driver.scheduler import LOCAL, TorchxJobs, open_jobs
 
 _USAGE_ERROR = 2  # of argparse
+_STALLED_SECONDS = 900.0  # for one pass: an API server that never answers must not hold the driver up for good
 _SLICE_SECONDS = 0.25  # of a pause, after which a request to stop is seen
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class _Stop:
 
     def wait(self, seconds: float) -> bool:
         """Sleep; at once True when asked to stop."""
+        progress()
         end = time.monotonic() + seconds
         while not self.asked and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, _SLICE_SECONDS))
@@ -61,17 +64,12 @@ def drive(plan: Plan, options: argparse.Namespace) -> Outcome:
     stop = _Stop()
     stop.listen()
     try:
+        pause = _pause_seconds(options, jobs.end_with_driver)
         jobs.check()
         check_conditions(join(plan.run, "driver", "conditions"))
         local = jobs.end_with_driver
         folder = RunFolder(plan.run)
         lease = Lease(folder, holder, seconds=options.lease_seconds, monotonic=time.monotonic)
-        pause = options.poll_seconds or (1.0 if local else 10.0)
-        if pause * 3 > options.lease_seconds:
-            raise ValueError(
-                f"--poll-seconds {pause:g} is more than a third of --lease-seconds {options.lease_seconds:g}: a pass "
-                "that is a little late would lose the lease; give a longer one"
-            )
         rules = Rules(
             max_vanished=options.attempts,
             absent_passes=1 if local else 3,
@@ -82,7 +80,7 @@ def drive(plan: Plan, options: argparse.Namespace) -> Outcome:
             outcome = driver.run()
             if outcome in (Outcome.DONE, Outcome.FAILED):
                 jobs.settle(lambda: stop.wait(pause))
-                sys.stdout.write(table(driver.rows()))
+                tell(driver.rows())
             return outcome
         finally:
             if local:
@@ -92,6 +90,23 @@ def drive(plan: Plan, options: argparse.Namespace) -> Outcome:
         jobs.close()
 
 
+def _pause_seconds(options: argparse.Namespace, local: bool) -> float:
+    """Between two passes.
+
+    Raises:
+        ValueError: a number is too small, or does not fit the others.
+    """
+    pause: float = (1.0 if local else 10.0) if options.poll_seconds is None else options.poll_seconds
+    if pause <= 0 or options.attempts < 1:
+        raise ValueError(f"--poll-seconds {pause:g}, --attempts {options.attempts}: both must be more than 0")
+    if pause * 3 > options.lease_seconds:
+        raise ValueError(
+            f"--poll-seconds {pause:g} is more than a third of --lease-seconds {options.lease_seconds:g}: a pass that "
+            "is a little late would lose the lease; give a longer one"
+        )
+    return pause
+
+
 def _release(lease: Lease) -> None:
     try:
         lease.release()
@@ -99,8 +114,8 @@ def _release(lease: Lease) -> None:
         _logger.warning("the lease was not released, and will run out: %s", error)
 
 
-def status(options: argparse.Namespace, plan: Plan | None) -> str:
-    """The table of a run's jobs, without taking part."""
+def status(options: argparse.Namespace, plan: Plan | None) -> list[Row]:
+    """How a run's jobs stand, without taking part."""
     run_url = absolute(options.run)
     if plan is None:
         plan = recorded_plan(run_url)
@@ -109,7 +124,7 @@ def status(options: argparse.Namespace, plan: Plan | None) -> str:
         folder = RunFolder(run_url)
         lease = Lease(folder, "status", seconds=0.0, monotonic=time.monotonic)
         rules = Rules(ends_with_driver="status" if jobs.end_with_driver else None)
-        return table(Driver(plan, folder, jobs, lease, rules=rules, wait=lambda: True).rows())
+        return Driver(plan, folder, jobs, lease, rules=rules, wait=lambda: True).rows()
     finally:
         jobs.close()
 
@@ -128,6 +143,11 @@ def recorded_plan(run_url: str) -> Plan:
     assign = next((command.partition(" ")[2] for command in commands[1:] if command.split()[0] == "assign"), None)
     evaluations = [command for command in commands[1:] if command.split()[0] != "assign"]
     return make_plan(run_url, component, words, assign=assign, evaluations=evaluations)
+
+
+def tell(rows: list[Row]) -> None:
+    """Print how the jobs stand."""
+    answer(table(rows).rstrip(), title="jobs", jobs=[asdict(row) for row in rows])
 
 
 def table(rows: list[Row]) -> str:
@@ -176,11 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         plan = asked_plan(options)
         if options.status:
-            sys.stdout.write(status(options, plan))
+            tell(status(options, plan))
         elif plan is None:
             raise ValueError("give --pretrain, --deepclusterv2 or --selav2 with the component's arguments in quotes")
         else:
-            _finish(drive(plan, options))
+            with ends_when_stalled(_STALLED_SECONDS):
+                _finish(drive(plan, options))
 
     return run(body)
 

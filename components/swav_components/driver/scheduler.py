@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ JOB = "SWAV_DRIVER_JOB"  # environment of local jobs: run, step and name, by whi
 LOCAL, KUBERNETES = "local_cwd", "kubernetes"
 _REFUSALS = frozenset({400, 401, 403, 404, 422})  # of an API server: another try will not help
 _GONE = 404
+_SETTLE_SECONDS = 120.0  # from a result to the end of the process that wrote it
 _STATES = {
     AppState.SUCCEEDED: JobState.SUCCEEDED,
     AppState.FAILED: JobState.FAILED,
@@ -230,9 +232,10 @@ class LocalJobs(TorchxJobs):
         return f"its logs are in {folder}/{self._runner.name()}/{name}"
 
     def settle(self, wait: Callable[[], bool]) -> None:
-        """Wait for the processes of this driver's jobs; ``wait`` returns True to stop waiting."""
+        """Wait for the processes of this driver's jobs, not for ever; ``wait`` returns True to stop waiting."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
         while any(super(LocalJobs, self).state(step, name) is JobState.LIVE for name, step in self._started.items()):
-            if wait():
+            if wait() or time.monotonic() > deadline:
                 return
 
     def _rendered(self, step: Step, name: str) -> AppDryRunInfo[Any]:

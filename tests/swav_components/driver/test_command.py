@@ -28,6 +28,8 @@ def run(tmp_path: Path) -> Path:
         (["--pretrain", "--recipe demo", "--scheduler", "none"], "choose from"),
         (["--pretrain", "--recipe demo", "--scheduler_args", "queu=x"], "knows no queu"),
         (["--pretrain", "--recipe demo", "--poll-seconds", "30"], "give a longer one"),
+        (["--pretrain", "--recipe demo", "--poll-seconds", "0"], "more than 0"),
+        (["--pretrain", "--recipe demo", "--attempts", "0"], "more than 0"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_submitted(

@@ -10,7 +10,12 @@ from swav_testing.containers import Engine, Missing, build, engine
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Engine]:
-    """An engine; where there is none, what needs one is skipped, unless SWAV_TEST_IMAGES=1 says that it must not be."""
+    """An engine; where there is none, what needs one is skipped.
+
+    SWAV_TEST_IMAGES=1 says that it must not be, and 0 that it is to be.
+    """
+    if os.environ.get("SWAV_TEST_IMAGES") == "0":
+        pytest.skip("SWAV_TEST_IMAGES=0")
     try:
         with engine() as found:
             yield found

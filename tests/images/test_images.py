@@ -11,7 +11,7 @@ from swav_testing.runs import TINY
 
 import swav
 
-ALONE = ("--rm", *LOCKED_DOWN, "--network", "none", "--memory", "4g")
+ALONE = ("--rm", *LOCKED_DOWN, "--network", "none", "--memory", "4g", "--env", "OMP_NUM_THREADS=1")
 JOBS = ("pretrain", "assign", "eval", "launcher")
 SHORT = ("optim.epochs=1", "optim.warmup_epochs=0", "evaluate.baselines=false", "runtime.device=cpu")
 GIGABYTE = 10**9
@@ -109,7 +109,7 @@ def test_the_assigner_and_the_evaluation_work_on_a_run(
     folder.mkdir()
     folder.chmod(0o777)  # the containers' user is another
     data.chmod(0o755)
-    shared = ("--volume", f"{folder}:/shared", "--volume", f"{data}:/data:ro", "--env", "OMP_NUM_THREADS=1")
+    shared = ("--volume", f"{folder}:/shared", "--volume", f"{data}:/data:ro")
     method = 'method={"kind":"deepclusterv2","num_prototypes":10}'
     settings = [setting for setting in TINY if not setting.startswith("method.")]
     trainer = docker.call(

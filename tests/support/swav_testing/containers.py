@@ -31,6 +31,7 @@ LOCKED_DOWN = (
     *("--security-opt", "no-new-privileges", "--pids-limit", "512"),
 )
 _START_SECONDS = 60
+_NEEDED_BYTES = 15 * 10**9
 _PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
 
 
@@ -234,9 +235,12 @@ def build(found: Engine) -> dict[str, str]:
     """Build every image by ``make images``, tagged ``test``; their names by job.
 
     Raises:
-        Missing: the base image cannot be had.
+        Missing: the base image cannot be had, or there is no room.
         RuntimeError: a build failed; says what it said last.
     """
+    free = shutil.disk_usage(state_folder()).free
+    if free < _NEEDED_BYTES and not found.has_image(f"swav-pretrain:{TAG}"):
+        raise Missing(f"{state_folder()} has {free / 1e9:.0f} GB free; building needs {_NEEDED_BYTES / 1e9:.0f} GB")
     base = base_image(found)
     with _served(fetch_wheels()) as url:
         settings = state_folder() / "pip.conf"

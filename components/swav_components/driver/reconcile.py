@@ -213,6 +213,8 @@ def _of_job(step: Step, job: Job, observed: Observed) -> tuple[StepState, str, l
 def _of_ended(step: Step, job: Job, observed: Observed) -> tuple[StepState, str, list[Action]]:
     """By the newest job of a step, whose end was written down."""
     record = job.record
+    if record.ended is End.SUPERSEDED and job.state in _WAITING:
+        return StepState.WAITING, f"for the end of {record.name}", []
     if record.ended is End.SUPERSEDED:
         return StepState.DUE, "asked for again", [_next(step, job, observed, 0)]
     if record.ended is End.SUCCEEDED:

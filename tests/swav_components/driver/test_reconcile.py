@@ -146,6 +146,13 @@ def test_a_superseded_failure_is_followed_by_the_next_name() -> None:
     assert (action.record.name, action.record.vanished) == (f"{RUN}-pretrain-a2", 0)
 
 
+@pytest.mark.parametrize("state", [JobState.LIVE, JobState.UNSEEN])
+def test_a_superseded_job_has_ended_before_the_next_one_begins(state: JobState) -> None:
+    verdict = _reconcile(_job(state, _record("pretrain", 1, RETURNED, ended=End.SUPERSEDED)))
+    assert [type(action) for action in verdict.actions] == ([Cancel] if state is JobState.LIVE else [])
+    assert verdict.states["pretrain"][0] is StepState.WAITING
+
+
 def test_live_jobs_of_names_that_were_given_up_are_cancelled() -> None:
     old = _job(JobState.LIVE, _record("pretrain", 1, RETURNED))
     new = _job(JobState.LIVE, _record("pretrain", 2, RETURNED))

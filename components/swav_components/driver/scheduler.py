@@ -73,8 +73,11 @@ def open_jobs(plan: Plan, scheduler: str, arguments: str, holder: str) -> "Torch
     """
     logging.getLogger("torchx").setLevel(logging.WARNING)  # it tells much of little use, with every rendering
     runner = get_runner()
-    if scheduler not in runner.scheduler_backends():
-        raise ValueError(f"--scheduler {scheduler}: choose from {', '.join(sorted(runner.scheduler_backends()))}")
+    if scheduler not in (LOCAL, KUBERNETES):
+        raise ValueError(
+            f"--scheduler {scheduler}: choose from {LOCAL}, {KUBERNETES}; others name jobs themselves, so that "
+            "a second submission would be a second job"
+        )
     if scheduler == KUBERNETES and not is_remote(plan.run):
         raise ValueError(f"--run {plan.run}: pods cannot reach a folder of this machine; give s3://bucket/prefix")
     options = runner.scheduler_run_opts(scheduler)
@@ -118,10 +121,17 @@ class TorchxJobs:
             ValueError: one cannot be.
         """
         for step in self._plan.steps:
+            name = self._plan.job_name(step, 1)
             try:
-                self._rendered(step, self._plan.job_name(step, 1))
+                request = self._rendered(step, name).request
             except Exception as error:
                 raise ValueError(f"{step.command}: {error}") from error
+            found = request.app_id if self._scheduler == LOCAL else request.resource["metadata"]["name"]
+            if found != name:
+                raise ValueError(
+                    f"{step.command}: the job would be called {found}, not {name}, and could not be found again; "
+                    "install swav anew, so that TorchX finds its scheduler"
+                )
 
     def submit(self, step: Step, name: str) -> None:
         """Submit it; "already exists" is as good."""

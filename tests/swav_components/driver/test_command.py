@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
             ["--pretrain", "--recipe demo", "--evaluate", "knn --tran x"],
             "the following arguments are required: --train",
         ),
-        (["--pretrain", "--recipe demo", "--scheduler", "none"], "choose from"),
+        (["--pretrain", "--recipe demo", "--scheduler", "local_docker"], "choose from local_cwd, kubernetes"),
         (["--pretrain", "--recipe demo", "--scheduler_args", "queu=x"], "knows no queu"),
         (["--pretrain", "--recipe demo", "--poll-seconds", "30"], "give a longer one"),
         (["--pretrain", "--recipe demo", "--poll-seconds", "0"], "more than 0"),

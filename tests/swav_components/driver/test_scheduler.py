@@ -116,6 +116,16 @@ def test_a_local_job_ends_as_its_processes_do(
     assert f"{plan.run}/driver/logs/holder-0/torchx/{name}" in jobs.where(name)
 
 
+def test_a_scheduler_that_gives_another_name_is_refused(
+    opened: Callable[[], TorchxJobs], script: Callable[[str], None]
+) -> None:
+    """Roles that are not ours get a name that TorchX makes up."""
+    opened().check()
+    script("true")
+    with pytest.raises(ValueError, match="could not be found again"):
+        opened().check()
+
+
 def test_a_local_job_that_cannot_be_started_is_refused(
     plan: Plan, opened: Callable[[], TorchxJobs], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Sizes of the images, how long a container takes to its first step, and how two pods get over a kill and a cut.
 
-    sudo python bench/containers.py [--collective-timeout-seconds 15] [--rendezvous last_call_timeout=4,...]
+    sudo python bench/containers.py [start-up | pods] [--collective-timeout-seconds 15] [--rendezvous ...]
 
 Builds the images first where they are not built yet. Prints tables. Root is needed to empty the page cache, for the
 pods' network, and where no container engine answers.
@@ -8,6 +8,7 @@ pods' network, and where no container engine answers.
 
 import argparse
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from swav_testing.containers import LOCKED_DOWN, Engine, build, engine
-from swav_testing.pods import DATA, OUTPUT, cluster, disturb, render, table
+from swav_testing.pods import DATA, OUTPUT, Times, cluster, disturb, render, table
 from swav_testing.runs import STEPS_PER_EPOCH, TINY, write_scenes
 
 from swav.config import RuntimeConfig
@@ -63,15 +64,18 @@ def _import_seconds(found: Engine, image: str, module: str) -> float:
 
 
 def _start_up(found: Engine, image: str, data: Path, folder: Path) -> str:
+    """Medians of three."""
     rows = []
     for state, prepare in (("cold", _empty_page_cache), ("warm", _leave_page_cache)):
-        prepare()
-        python = _seconds(found, image, "python", "-c", "pass")
-        prepare()
-        imports = _import_seconds(found, image, "swav.pretrain")
-        prepare()
-        first_step = _first_step_seconds(found, image, data, folder / state)
-        rows.append(f"| {state} | {python:.1f} | {imports:.1f} | {first_step:.1f} |")
+        seconds: list[list[float]] = [[], [], []]
+        for number in range(3):
+            prepare()
+            seconds[0].append(_seconds(found, image, "python", "-c", "pass"))
+            prepare()
+            seconds[1].append(_import_seconds(found, image, "swav.pretrain"))
+            prepare()
+            seconds[2].append(_first_step_seconds(found, image, data, folder / f"{state}-{number}"))
+        rows.append(f"| {state} | {' | '.join(f'{statistics.median(one):.1f}' for one in seconds)} |")
     head = "| page cache | container of Python alone, s | imports of `swav.pretrain`, s | container to first step, s |"
     return "\n".join([head, "|---|---|---|---|", *rows])
 
@@ -82,9 +86,24 @@ def _seconds(found: Engine, image: str, *command: str) -> float:
     return time.monotonic() - since
 
 
+def _pods(found: Engine, images: dict[str, str], data: Path, folder: Path, options: argparse.Namespace) -> Times:
+    timeout = f"runtime.collective_timeout_seconds={options.collective_timeout_seconds}"
+    words = ["swav.pretrain", "--recipe", "demo", "--data", DATA, "--output", OUTPUT, "-j", "1:2x1"]
+    job = render(found, images["launcher"], *words, *TINY, *_SETTINGS, timeout)
+    gate = folder / "gate"
+    gate.mkdir()
+    gate.chmod(0o777)
+    variables = {"GATE": "/gate", "STEPS_PER_EPOCH": str(STEPS_PER_EPOCH), "OMP_NUM_THREADS": "1"}
+    if options.rendezvous:
+        variables["PET_RDZV_CONF"] = options.rendezvous
+    with cluster(found, images["pretrain"], job, data, gate, variables) as made:
+        return disturb(made, deadline_seconds=options.collective_timeout_seconds + 600)
+
+
 def main() -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("start-up", "pods"), help="this part alone")
     default = RuntimeConfig().collective_timeout_seconds
     parser.add_argument("--collective-timeout-seconds", type=float, default=default)
     parser.add_argument("--rendezvous", default="", help="--rdzv-conf of every agent, where not as rendered")
@@ -96,19 +115,10 @@ def main() -> int:
         for name, image in images.items():
             sys.stdout.write(f"{name}: {found.size(image) / 1e9:.2f} GB\n")
         data = write_scenes(folder / "data")
-        sys.stdout.write(_start_up(found, images["pretrain"], data, folder) + "\n\n")
-        timeout = f"runtime.collective_timeout_seconds={options.collective_timeout_seconds}"
-        words = ["swav.pretrain", "--recipe", "demo", "--data", DATA, "--output", OUTPUT, "-j", "1:2x1"]
-        job = render(found, images["launcher"], *words, *TINY, *_SETTINGS, timeout)
-        gate = folder / "gate"
-        gate.mkdir()
-        gate.chmod(0o777)
-        variables = {"GATE": "/gate", "STEPS_PER_EPOCH": str(STEPS_PER_EPOCH), "OMP_NUM_THREADS": "1"}
-        if options.rendezvous:
-            variables["PET_RDZV_CONF"] = options.rendezvous
-        with cluster(found, images["pretrain"], job, data, gate, variables) as made:
-            times = disturb(made, deadline_seconds=options.collective_timeout_seconds + 600)
-        sys.stdout.write(table(times) + "\n")
+        if options.part != "pods":
+            sys.stdout.write(_start_up(found, images["pretrain"], data, folder) + "\n\n")
+        if options.part != "start-up":
+            sys.stdout.write(table(_pods(found, images, data, folder, options)) + "\n")
     return 0
 
 

@@ -24,7 +24,7 @@ from swav_testing.runs import STEPS_PER_EPOCH, TINY, write_scenes
 from swav.config import RuntimeConfig
 
 _ALONE = (*LOCKED_DOWN, "--network", "none", "--env", "OMP_NUM_THREADS=1")
-_SETTINGS = ("optim.epochs=24", "evaluate=null", "runtime.checkpoint_every_steps=5")
+_SETTINGS = ("optim.epochs=60", "evaluate=null", "runtime.checkpoint_every_steps=5")
 
 
 def _empty_page_cache() -> None:

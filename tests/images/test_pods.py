@@ -12,7 +12,7 @@ from swav_testing.pods import DATA, OUTPUT, cluster, disturb, render, table
 from swav_testing.runs import ROOT, STEPS_PER_EPOCH, TINY, arguments, environment, losses
 
 # Enough for all that happens on the way; what is left of them is quick.
-EPOCHS = 20
+EPOCHS = 30
 NUM_IMAGES = 103
 SETTINGS = (f"optim.epochs={EPOCHS}", "evaluate=null", "runtime.checkpoint_every_steps=5")
 COLLECTIVE_TIMEOUT = "runtime.collective_timeout_seconds=15"

@@ -24,6 +24,7 @@ from swav.program import EXIT_REFUSED
 
 SUPPORT = Path(__file__).parents[1]
 _ALL = 10**9  # steps
+_PACE_SECONDS, _RARE_SECONDS = 0.2, 3.0
 _STORE = 0  # of the network's hosts; the pods are the next ones
 _STORE_PORT = 9000
 _BUCKET = "images"
@@ -148,11 +149,16 @@ class Cluster:
     pods: list[Pod]
     gate: Path  # see swav_testing.gated
     client: list[str]  # arguments of `docker run` for a container that reaches the store, its image included
-    pace_seconds: float = 0.2
     allowed_at: float = 0.0
 
-    def wait(self, condition: Callable[[], bool], what: str, deadline_seconds: float) -> float:
+    def wait(self, condition: Callable[[], bool], what: str, num_ranks: int, deadline_seconds: float) -> float:
         """Let the run take a step now and then until the condition holds.
+
+        Args:
+            condition: waited for.
+            what: it is, for the message.
+            num_ranks: that are to step; others do so rarely, as the run must not end before they come.
+            deadline_seconds: for all this.
 
         Returns:
             The time, of :func:`time.time`.
@@ -166,8 +172,10 @@ class Cluster:
             if now - since > deadline_seconds:
                 printed = "\n\n".join(f"{pod.name}: {pod.printed()[-10_000:]}" for pod in self.pods)
                 raise TimeoutError(f"{what} not within {deadline_seconds} s: {printed}")
-            if now - self.allowed_at > self.pace_seconds:
-                allow(self.gate, 1 + max((_step(record) for record in records(self.gate)), default=0))
+            noted = records(self.gate)
+            last = max(noted, key=lambda record: record["at"], default={"world": num_ranks})
+            if now - self.allowed_at > (_PACE_SECONDS if last["world"] == num_ranks else _RARE_SECONDS):
+                allow(self.gate, 1 + max(map(_step, noted), default=0))
                 self.allowed_at = now
             time.sleep(0.05)
         return time.time()
@@ -285,8 +293,8 @@ def disturb(made: Cluster, deadline_seconds: float) -> Times:
     """
     first, second = made.pods
 
-    def wait(condition: Callable[[], bool], what: str) -> float:
-        return made.wait(condition, what, deadline_seconds)
+    def wait(condition: Callable[[], bool], what: str, num_ranks: int) -> float:
+        return made.wait(condition, what, num_ranks, deadline_seconds)
 
     def together(since: float) -> bool:
         made.replace_ended()
@@ -295,30 +303,30 @@ def disturb(made: Cluster, deadline_seconds: float) -> Times:
     begun = time.time()
     for pod in made.pods:
         pod.start()
-    wait(lambda: together(begun), "first steps of two pods")
+    wait(lambda: together(begun), "first steps of two pods", 2)
 
     before, killed_at = first.notices(), time.time()
     second.kill()
-    noticed = wait(lambda: first.notices() > before, "notice of a killed pod")
-    recovered = wait(lambda: made.steps_in(1, noticed), "steps without a killed pod")
+    noticed = wait(lambda: first.notices() > before, "notice of a killed pod", 2)
+    recovered = wait(lambda: made.steps_in(1, noticed), "steps without a killed pod", 1)
     kill_noticed, kill_recovered = noticed - killed_at, recovered - killed_at
 
     started_at = time.time()
     second.start()
-    joined = wait(lambda: together(started_at), "steps with a pod that joins") - started_at
+    joined = wait(lambda: together(started_at), "steps with a pod that joins", 2) - started_at
 
     before, cut_at = first.notices(), time.time()
     made.network.cut(2)
-    noticed = wait(lambda: first.notices() > before, "notice of a pod that is cut off")
-    recovered = wait(lambda: made.steps_in(1, noticed), "steps without a pod that is cut off")
+    noticed = wait(lambda: first.notices() > before, "notice of a pod that is cut off", 2)
+    recovered = wait(lambda: made.steps_in(1, noticed), "steps without a pod that is cut off", 1)
 
     healed_at = time.time()
     made.network.heal(2)
-    healed = wait(lambda: together(healed_at), "steps with a pod that is healed") - healed_at
+    healed = wait(lambda: together(healed_at), "steps with a pod that is healed", 2) - healed_at
 
     allow(made.gate, _ALL)
-    made.pace_seconds = deadline_seconds
-    wait(lambda: all(pod.status() == 0 for pod in made.pods), "the end of both pods with 0")
+    made.allowed_at = float("inf")
+    wait(lambda: all(pod.status() == 0 for pod in made.pods), "the end of both pods with 0", 2)
     return Times(kill_noticed, kill_recovered, joined, noticed - cut_at, recovered - cut_at, healed)
 
 

@@ -5,6 +5,7 @@ from wherever this machine's pip finds them: they are fetched once, as the lock 
 build over HTTP. What is fetched and built stays in a folder of the user's cache (SWAV_TEST_ENGINE): it takes minutes.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -117,6 +118,14 @@ def engine() -> Iterator[Engine]:
 def _own(daemon: str, client: str) -> Iterator[Engine]:
     """An engine without a bridge and without rules for packets: this host's network stays as it is."""
     folder = state_folder()
+    with (folder / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be building
+        with _started(daemon, client, folder) as found:
+            yield found
+
+
+@contextmanager
+def _started(daemon: str, client: str, folder: Path) -> Iterator[Engine]:
     found = Engine(client, f"unix://{folder}/docker.sock")
     roots = [f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--pidfile={folder}/docker.pid"]
     network = ["--bridge=none", "--iptables=false", "--ip6tables=false"]
@@ -272,3 +281,11 @@ def build(found: Engine) -> dict[str, str]:
     if done.returncode != 0:
         raise RuntimeError(f"make images failed: {done.stdout[-10_000:]}")
     return {job: f"swav-{job}:{TAG}" for job in ("pretrain", "assign", "eval", "launcher")}
+
+
+if __name__ == "__main__":  # beforehand, beside other tests
+    try:
+        with engine() as own:
+            build(own)
+    except Missing as missing:
+        sys.exit(f"no images: {missing}")

@@ -20,7 +20,7 @@ _XML = '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{}</Code><Message>b
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}
 _SUBRESOURCES = {"acl", "list-type", "location", "tagging", "uploadId", "uploads", "versioning", "versions"}
 _TICK_SECONDS = 0.05
-_UPSTREAM_SECONDS = 60
+_UPSTREAM_SECONDS = 25
 
 
 class _Cut(Exception):

@@ -33,7 +33,17 @@ from torch.distributed.launcher import api as launcher
 
 from swav.life import Life
 from swav.logs import start_logging
-from swav.program import EXIT_FAILED, EXIT_FUTILE, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER_FOLDER, LAUNCHER_PID, SAID
+from swav.program import (
+    EXIT_FAILED,
+    EXIT_FUTILE,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    LAUNCHER_FOLDER,
+    LAUNCHER_PID,
+    SAID,
+    USAGE_ERROR,
+    status_of,
+)
 from swav.telemetry import forget_ranks, launcher_endpoint
 from swav.watchdog import last_step
 
@@ -45,7 +55,6 @@ AGENT_TIMEOUT_SECONDS = 120.0
 # Minutes for the first nodes to come; a lost node is given up after 3 x 5 s; what is there then waits 15 s for more.
 RENDEZVOUS_SETTINGS = "join_timeout=1800,last_call_timeout=15,keep_alive_interval=5,keep_alive_max_attempt=3"
 
-_USAGE_ERROR = 2  # of argparse, in a worker or here
 _VERDICT, _SEEN = "swav/verdict", "swav/verdict_seen"
 _VERDICT_EVERY_SECONDS = 1.0
 _VERDICT_LINGER_SECONDS = 15.0
@@ -165,7 +174,7 @@ class Agent(LocalElasticAgent):
         Raises:
             Ended: they are not.
         """
-        if {EXIT_REFUSED, _USAGE_ERROR} & set(exit_statuses):
+        if {EXIT_REFUSED, USAGE_ERROR} & set(exit_statuses):
             self._end(EXIT_REFUSED, "a worker refused the command, so no other try is made")
         if EXIT_STOPPED in exit_statuses:
             _logger.warning("the workers stopped with their state saved, as a node leaves or joins; going on")
@@ -327,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         _logger.error("error: %s", error)
         return EXIT_REFUSED
     except SystemExit as ended:
-        return EXIT_REFUSED if ended.code == _USAGE_ERROR else int(ended.code or 0)
+        return status_of(ended)
 
 
 if __name__ == "__main__":

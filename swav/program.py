@@ -15,6 +15,8 @@ EXIT_REFUSED = 64  # the command is wrong: another try will not help
 EXIT_FUTILE = 70  # so do others, again and again: a person has to look (swav.elastic alone ends so)
 EXIT_STOPPED = 75  # stopped on request, state saved: run again (not 0, which would tell torchrun that all is done)
 
+USAGE_ERROR = 2  # what argparse ends with; a program of ours ends with EXIT_REFUSED instead where run() sees it
+
 # What swav.elastic tells the workers of its host: its process, and a folder that they share with it.
 LAUNCHER_PID = "SWAV_LAUNCHER_PID"
 LAUNCHER_FOLDER = "SWAV_LAUNCHER_FOLDER"
@@ -49,7 +51,14 @@ def run(body: Callable[[], None]) -> int:
         if told_with_its_place or _is_first_to_say(str(error)):
             _logger.error("error: %s", error, exc_info=told_with_its_place)
         return EXIT_REFUSED if isinstance(error, ValueError) else EXIT_FAILED
+    except SystemExit as ended:
+        return status_of(ended)
     return 0
+
+
+def status_of(ended: SystemExit) -> int:
+    """The exit status for argparse's end of a program: 0 after ``--help``, refused after a wrong command line."""
+    return EXIT_REFUSED if ended.code == USAGE_ERROR else int(ended.code or 0)
 
 
 @contextmanager

@@ -14,12 +14,11 @@ from swav.doctor.clock import Clock
 from swav.doctor.peers import Peers, join
 from swav.doctor.preflight import REPORT_SECONDS, Preflight
 from swav.logs import start_logging
-from swav.program import EXIT_REFUSED, Stopped, run, stop_at_once
+from swav.program import Stopped, run, stop_at_once
 from swav.recipes import configure
 from swav.watchdog import ends_when_stalled
 
 _COLLECTIVE_TIMEOUT_SECONDS = 120.0
-_USAGE_ERROR = 2  # of argparse
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -101,12 +100,9 @@ def main(arguments: list[str] | None = None, own_clock: Clock | None = None) -> 
         own_clock: of this node, where it is not the system's.
     """
     start_logging()
-    try:
-        options = parse(arguments)
-    except SystemExit as ended:
-        return EXIT_REFUSED if ended.code == _USAGE_ERROR else int(ended.code or 0)
 
     def body() -> None:
+        options = parse(arguments)
         config = check_command(options)
         if options.collective_timeout_seconds is None:
             from_recipe = config.runtime.collective_timeout_seconds if config is not None else None

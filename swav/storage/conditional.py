@@ -109,12 +109,12 @@ def _read_local(url: Location) -> Tagged | None:
 
 
 def _write_local(url: Location, data: bytes, tag: str | None) -> str | None:
-    with local.locked(local.local_path(url).parent / _LOCK):
+    file = local.local_path(url)
+    with local.locked(file.parent / _LOCK):
         found = _read_local(url)
         if found is not None and found.data == data:
             return found.tag
         if (None if found is None else found.tag) != tag:
             return None
-        local_file = local.local_path(url)
-        files.write_atomic(local_file, data)
+        files.write_atomic(file, data)
     return hashlib.sha256(data).hexdigest()

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from types import FrameType
 
 from swav.logs import answer, start_logging
-from swav.program import EXIT_REFUSED, Stopped, run
+from swav.program import Stopped, run
 from swav.storage import absolute, check_conditions, join, read_tagged
 from swav.watchdog import ends_when_stalled, progress
 from swav_components.driver.control import PLAN, Driver, Outcome, Row
@@ -22,7 +22,6 @@ from swav_components.driver.reconcile import Rules
 from swav_components.driver.records import RunFolder
 from swav_components.driver.scheduler import LOCAL, TorchxJobs, open_jobs
 
-_USAGE_ERROR = 2  # of argparse
 _STALLED_SECONDS = 900.0  # for one pass: an API server that never answers must not hold the driver up for good
 _SLICE_SECONDS = 0.25  # of a pause, after which a request to stop is seen
 
@@ -188,12 +187,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     start_logging()
-    try:
-        options = parse(arguments)
-    except SystemExit as ended:
-        return EXIT_REFUSED if ended.code == _USAGE_ERROR else int(ended.code or 0)
 
     def body() -> None:
+        options = parse(arguments)
         plan = asked_plan(options)
         if options.status:
             tell(status(options, plan))

@@ -18,13 +18,13 @@ from torchx.specs.finder import ComponentValidationException
 from swav.recipes import configure
 from swav.storage import absolute, join, name_of
 from swav_components import jobs
+from swav_components.pods import MAX_NAME
 
 T = TypeVar("T")
 
 RESULT = "result.json"
 PRETRAINING = ("pretrain", "deepclusterv2", "selav2")
 _ASSIGN = "assign"
-_MAX_NAME = 63  # of a pod: a label of DNS
 _SLUG, _HASH = 20, 6
 _LAST_NUMBER = 99  # of an attempt, for which names must still fit
 
@@ -132,9 +132,9 @@ def check_names(app: specs.AppDef, run: str) -> None:
     for role in app.roles:
         name = getattr(role, "job_name", None) or app.name
         longest = f"{name}-{role.name}-{role.num_replicas - 1}-0"
-        if len(longest) > _MAX_NAME:
+        if len(longest) > MAX_NAME:
             raise ValueError(
-                f"{run}: a pod would be called {longest}, which has {len(longest)} letters of at most {_MAX_NAME}; "
+                f"{run}: a pod would be called {longest}, which has {len(longest)} letters of at most {MAX_NAME}; "
                 "give the run's folder a shorter name"
             )
 
@@ -181,10 +181,6 @@ def _step(
             )
     app_of(step, key)
     return step
-
-
-def _parameters(function: Callable[..., specs.AppDef]) -> set[str]:
-    return set(inspect.signature(function).parameters)
 
 
 def _check_method(pretraining: str, step: Step, assigned: bool) -> None:

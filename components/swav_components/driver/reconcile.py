@@ -5,7 +5,7 @@ give up.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from swav_components.driver.plan import Plan, Step
@@ -235,7 +235,7 @@ def _of_absent(step: Step, job: Job, observed: Observed) -> tuple[StepState, str
         why = f"jobs of {step.key} vanished without a result {vanished} times, the last of them {record.name}"
         return StepState.FAILED, why, [_close(job, End.FAILED, why)]
     if record.in_doubt:  # a call for this very name may still come through, so no other name may be used beside it
-        again = Record(**{**vars(record), "vanished": vanished, "confirmed_by": None})
+        again = replace(record, vanished=vanished, confirmed_by=None)
         return StepState.DUE, "its job vanished", [Submit(step, again, job.tag)]
     return StepState.DUE, "its job vanished", [_next(step, job, observed, vanished)]
 
@@ -247,7 +247,7 @@ def _next(step: Step, job: Job, observed: Observed, vanished: int) -> Submit:
 
 
 def _close(job: Job, ended: End, why: str) -> Close:
-    return Close(Record(**{**vars(job.record), "ended": ended, "why": why}), job.tag)
+    return Close(replace(job.record, ended=ended, why=why), job.tag)
 
 
 def _without_partner(step: Step, observed: Observed, verdict: Verdict, actions: list[Action]) -> list[Action]:

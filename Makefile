@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, most of them for PyTorch"
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--editable '.[train,launch,eval,dev]'
+		--editable '.[train,launch,eval,export,dev]'
 	@touch $@
 
 # The tests' second S3 server, its versions and checksums from the lock file; without npm its tests are skipped.

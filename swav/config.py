@@ -6,7 +6,7 @@ Imports without torch, so that recipes and overrides are checked where a job is 
 import difflib
 import json
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -15,10 +15,12 @@ from pydantic.dataclasses import dataclass
 COLOUR_MEAN = (0.485, 0.456, 0.406)
 COLOUR_STD = (0.229, 0.224, 0.225)
 
-_CHECKED = ConfigDict(extra="forbid")
+CHECKED = ConfigDict(extra="forbid")
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class CropConfig:
     """One group of equal-size crops (appendix A.2)."""
 
@@ -36,7 +38,7 @@ class CropConfig:
             raise ValueError(f"crop scale {self.scale} is not a range inside (0, 1]")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class AugmentConfig:
     """Flip, colour distortion and blur (appendix A.2, which follows SimCLR)."""
 
@@ -48,7 +50,7 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class ModelConfig:
     """Backbone and projection head (appendix A.1, Table 2)."""
 
@@ -60,7 +62,7 @@ class ModelConfig:
     embedding_dim: int = 128
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SinkhornConfig:
     """Sinkhorn-Knopp (appendix A.1, Table 10)."""
 
@@ -72,7 +74,7 @@ class SinkhornConfig:
             raise ValueError(f"sinkhorn needs epsilon > 0 and num_iters >= 1, got {self.epsilon} and {self.num_iters}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class QueueConfig:
     """Embeddings of earlier batches that join the Sinkhorn of a small batch (appendix A.6)."""
 
@@ -80,7 +82,7 @@ class QueueConfig:
     start_epoch: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SwavConfig:
     """SwAV (appendix A.1)."""
 
@@ -94,7 +96,7 @@ class SwavConfig:
     queue: QueueConfig | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SimclrConfig:
     """SimCLR with multi-crop (appendix A.8)."""
 
@@ -106,7 +108,7 @@ class SimclrConfig:
             raise ValueError(f"simclr needs temperature > 0, got {self.temperature}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class Mocov2Config:
     """MoCo-v2, with its authors' settings for 256 images per step."""
 
@@ -123,7 +125,7 @@ class Mocov2Config:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class DeepClusterV2Config:
     """DeepCluster-v2 (appendix D): predict the clusters of the last epoch's features."""
 
@@ -138,7 +140,7 @@ class DeepClusterV2Config:
         _check_offline(self.kind, self.num_prototypes, self.num_sets, self.num_iters, self.temperature)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SelaV2Config:
     """SeLa-v2 (appendix D): predict an equal partition of the last epoch's features, and learn its prototypes."""
 
@@ -160,7 +162,7 @@ class SelaV2Config:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SupervisedConfig:
     """Cross-entropy with the true labels: the baseline that has them."""
 
@@ -183,7 +185,7 @@ def _check_offline(kind: str, num_prototypes: int, num_sets: int, num_iters: int
 MethodConfig = SwavConfig | SimclrConfig | Mocov2Config | DeepClusterV2Config | SelaV2Config | SupervisedConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class DataConfig:
     """Where the images are and in which order they come."""
 
@@ -196,7 +198,7 @@ class DataConfig:
     max_quarantined_fraction: float = 0.001  # above this share of broken images, and above 10 of them, the run stops
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class OptimConfig:
     """The optimiser and its schedule (appendix A.1)."""
 
@@ -225,7 +227,7 @@ class OptimConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class EvaluateConfig:
     """k-NN on labelled images while and after training (appendix B.6)."""
 
@@ -251,7 +253,7 @@ class EvaluateConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class RuntimeConfig:
     """How the run is carried out; nothing here changes what is computed, precision apart."""
 
@@ -274,7 +276,7 @@ class RuntimeConfig:
     log_every_steps: int = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class PretrainConfig:
     """One pretraining run."""
 
@@ -321,39 +323,50 @@ class PretrainConfig:
         return next(lanes for lanes in range(limit, 0, -1) if self.optim.global_batch % lanes == 0)
 
 
-_ADAPTER = TypeAdapter(PretrainConfig)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-def to_json(config: PretrainConfig) -> str:
-    """The run as JSON; :func:`from_json` reads it back."""
-    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+def to_json(config: object) -> str:
+    """A run, or another dataclass of settings, as JSON; :func:`from_json` reads it back."""
+    return _adapter(type(config)).dump_json(config, indent=2).decode() + "\n"
 
 
 def from_json(text: str) -> PretrainConfig:
-    """Read what :func:`to_json` wrote.
+    """Read what :func:`to_json` wrote of a run.
 
     Raises:
         ValueError: a key is unknown, missing, or of the wrong type.
     """
-    return _validate(json.loads(text))
+    return _validate(PretrainConfig, json.loads(text))
 
 
-def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainConfig:
+def apply_overrides(config: T, overrides: list[str]) -> T:
     """Apply ``key=value`` settings, for example ``optim.epochs=2`` or ``crops.1.num_crops=4``.
 
     Values are read as JSON where they parse as JSON and as text otherwise (text settings always as text), then checked
     against the field's type.
 
+    Args:
+        config: a run, or another dataclass of settings.
+        overrides: applied in their order.
+
     Raises:
         ValueError: an unknown key (with the nearest known one) or a value that does not fit.
     """
-    tree = _ADAPTER.dump_python(config, mode="json")
+    kind = type(config)
+    tree = _adapter(kind).dump_python(config, mode="json")
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r} is not of the form key=value, for example optim.epochs=2")
-        if path == "method.kind":
-            raise ValueError(f'{override}: a method comes with its settings; set it whole: method={{"kind": "{text}"}}')
+            names = (name for name, _ in _settings(config))
+            example = next(name for name in names if name.rpartition(".")[2] in ("epochs", "num_classes", "resize_px"))
+            raise ValueError(f"override {override!r} is not of the form key=value, for example {example}=2")
+        if path.endswith(".kind"):
+            group = path.removesuffix(".kind")
+            raise ValueError(
+                f'{override}: a {group} comes with its settings; set it whole: {group}={{"kind": "{text}"}}'
+            )
         *parents, last = path.split(".")
         node: Any = tree
         for part in parents:
@@ -362,14 +375,14 @@ def apply_overrides(config: PretrainConfig, overrides: list[str]) -> PretrainCon
         place = int(last) if isinstance(node, list) else last
         node[place] = text if isinstance(node[place], str) else _parse(text)
         if isinstance(node[place], dict | list):
-            tree = _with_defaults(tree)
-    return _validate(tree)
+            tree = _with_defaults(kind, tree)
+    return _validate(kind, tree)
 
 
-def _with_defaults(tree: Any) -> Any:
+def _with_defaults(kind: type[T], tree: Any) -> Any:
     """The tree with all settings of a group that was set whole; as it is where a later override is needed first."""
     try:
-        return _ADAPTER.dump_python(_ADAPTER.validate_python(tree), mode="json")
+        return _adapter(kind).dump_python(_adapter(kind).validate_python(tree), mode="json")
     except ValidationError:
         return tree
 
@@ -380,7 +393,7 @@ def differing_keys(one: PretrainConfig, other: PretrainConfig) -> list[str]:
     How a run is carried out (``runtime``, precision apart), where its images lie, how many of them may be broken, its
     name and its evaluation may change while it runs.
     """
-    trees = [_ADAPTER.dump_python(config, mode="json") for config in (one, other)]
+    trees = [_adapter(PretrainConfig).dump_python(config, mode="json") for config in (one, other)]
     for tree in trees:
         tree["precision"] = tree.pop("runtime")["precision"]
         tree["data"] = {
@@ -400,7 +413,7 @@ def _flatten(tree: Any, prefix: str = "") -> Any:
         yield prefix.removesuffix("."), tree
 
 
-def _step(node: Any, part: str, path: str, config: PretrainConfig) -> Any:
+def _step(node: Any, part: str, path: str, config: object) -> Any:
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return node[int(part)]
     if isinstance(node, dict) and part in node:
@@ -408,13 +421,13 @@ def _step(node: Any, part: str, path: str, config: PretrainConfig) -> Any:
     if node is None:
         group = path.removesuffix(f".{part}")
         raise ValueError(f"{path} cannot be set while {group} is null; set {group} whole, as a JSON object")
-    known = list(_keys(config))
+    known = [name for name, _ in _settings(config)]
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
     raise ValueError(f"unknown setting {path!r}; the nearest is {nearest[0]!r}")
 
 
-def _keys(value: Any, prefix: str = "") -> Any:
-    """Every settable key of a run."""
+def _settings(value: Any, prefix: str = "") -> Any:
+    """Every settable key, with its value."""
     if is_dataclass(value):
         children = [(field.name, getattr(value, field.name)) for field in fields(value)]
     elif isinstance(value, tuple) and value and is_dataclass(value[0]):
@@ -422,8 +435,8 @@ def _keys(value: Any, prefix: str = "") -> Any:
     else:
         return
     for name, child in children:
-        yield prefix + name
-        yield from _keys(child, f"{prefix}{name}.")
+        yield prefix + name, child
+        yield from _settings(child, f"{prefix}{name}.")
 
 
 def _parse(text: str) -> Any:
@@ -433,9 +446,10 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _validate(tree: Any) -> PretrainConfig:
+def _validate(kind: type[T], tree: Any) -> T:
     try:
-        return _ADAPTER.validate_python(tree)
+        checked: T = _adapter(kind).validate_python(tree)
+        return checked
     except ValidationError as error:
         raise ValueError("; ".join(_describe(problem["loc"], problem) for problem in error.errors())) from None
 

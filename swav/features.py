@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
@@ -90,38 +91,49 @@ def extract_features(
         ValueError: an image has no label.
     """
     first, last = share(index.num_samples, rank(), world_size())
-    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (COLOUR_MEAN, COLOUR_STD))
     was_training = network.training
     network.eval()
     values, labels, num_broken = [], [], 0
     with ShardReader(index, fetch_bytes=runtime.fetch_bytes, cache_bytes=runtime.cache_bytes) as reader:
-        for images, batch_labels, broken in _batches(reader, first, last, config, num_threads):
+        for ids, images, broken in centre_crops(
+            reader, first, last, resize_px=config.resize_px, crop_px=config.crop_px, num_threads=num_threads
+        ):
             progress()
             num_broken += broken
             if len(images):
-                normalized = (images.to(device).float() / 255 - mean) / std
-                values.append(F.normalize(network(normalized).float(), dim=1))
-                labels.append(batch_labels.to(device))
+                labels.append(torch.tensor([label_of(reader, sample_id) for sample_id in ids.tolist()], device=device))
+                values.append(F.normalize(network(normalized(images, device)).float(), dim=1))
     network.train(was_training)
     return _with_place(values, labels, num_broken, device)
 
 
-def _batches(
-    reader: ShardReader, first: int, last: int, config: EvaluateConfig, num_threads: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Blocks of decoded images with labels; the next block is decoded while the last one is used."""
+def centre_crops(
+    reader: ShardReader, first: int, last: int, *, resize_px: int, crop_px: int, num_threads: int
+) -> Iterator[tuple[NDArray[np.int64], Tensor, int]]:
+    """Decode consecutive samples in blocks; the next block is decoded while the last one is used.
+
+    Args:
+        reader: of the samples.
+        first: sample id.
+        last: sample id after the last one.
+        resize_px: shorter side of the images before the crop.
+        crop_px: centre crop.
+        num_threads: that decode.
+
+    Yields:
+        Of a block, the ids of the images that can be decoded, int64 [n]; the images, uint8 [n, 3, crop_px, crop_px];
+        and how many cannot, which the log names.
+    """
     with ThreadPoolExecutor(num_threads) as pool:
 
-        def load(sample_id: int) -> tuple[Tensor, int] | None:
+        def load(sample_id: int) -> Tensor | None:
             try:
-                label = _label(reader, sample_id)
-                image = centre_crop(reader.image(sample_id), resize_px=config.resize_px, crop_px=config.crop_px)
+                return centre_crop(reader.image(sample_id), resize_px=resize_px, crop_px=crop_px)
             except (BrokenImageError, ChecksumError) as error:
                 _logger.warning("%s is left out of the evaluation: %s", reader.name(sample_id), error)
                 return None
-            return image, label
 
-        def submit(start: int) -> list[Future[tuple[Tensor, int] | None]]:
+        def submit(start: int) -> list[Future[Tensor | None]]:
             reader.prefetch(np.arange(start, min(start + _READ_AHEAD, last)))
             return [pool.submit(load, sample_id) for sample_id in range(start, min(start + _BATCH, last))]
 
@@ -129,15 +141,27 @@ def _batches(
         for start in range(first, last, _BATCH):
             loaded = [future.result() for future in pending]
             pending = submit(start + _BATCH)
-            good = [pair for pair in loaded if pair is not None]
-            images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-            yield images, torch.tensor([label for _, label in good]), len(loaded) - len(good)
+            ids = np.array([start + place for place, image in enumerate(loaded) if image is not None], dtype=np.int64)
+            images = [image for image in loaded if image is not None]
+            whole = torch.stack(images) if images else torch.empty(0, 3, crop_px, crop_px, dtype=torch.uint8)
+            yield ids, whole, len(loaded) - len(images)
 
 
-def _label(reader: ShardReader, sample_id: int) -> int:
+def normalized(images: Tensor, device: torch.device) -> Tensor:
+    """What a network sees: uint8 [n, 3, height, width] -> float32 on the device, by ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (COLOUR_MEAN, COLOUR_STD))
+    return (images.to(device).float() / 255 - mean) / std
+
+
+def label_of(reader: ShardReader, sample_id: int) -> int:
+    """The class of a sample.
+
+    Raises:
+        ValueError: it has none, or a negative number.
+    """
     label = reader.label(sample_id)
     if label is None:
-        raise ValueError(f"{reader.name(sample_id)} has no label (.cls); k-NN needs labelled images")
+        raise ValueError(f"{reader.name(sample_id)} has no label (.cls); an evaluation needs labelled images")
     if label < 0:
         raise ValueError(f"{reader.name(sample_id)} has the label {label}; number the classes from 0")
     return label

@@ -100,4 +100,4 @@ def test_unlabelled_images_are_refused_on_the_command_line(tmp_path: Path, backb
     status, out, err = finish(command_line("swav_eval.knn", *words(backbone, unlabelled), cache=cache))
     assert (status, out) == (64, "")
     assert "Traceback" not in err
-    assert err.splitlines()[-1].endswith("has no label (.cls); k-NN needs labelled images")
+    assert err.splitlines()[-1].endswith("has no label (.cls); an evaluation needs labelled images")

@@ -1,0 +1,216 @@
+"""What the programs of all protocols share: options, device, process group, and the result's file."""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from swav import storage
+from swav.bars import above_bars
+from swav.data.index import DatasetIndex
+from swav.data.source import open_dataset
+from swav.distributed import barrier, cores_of_rank, pick_device, process_group, rank
+from swav.logs import answer, set_context, start_logging
+from swav.models.backbone_file import BackboneFile, load_backbone
+from swav.program import run, stop_at_once
+from swav.run_folder import sole_writer
+from swav.storage import Location, join
+from swav.telemetry import reporting
+from swav.watchdog import ends_when_stalled, progress
+from swav_eval.config import Protocol
+from swav_eval.recipes import configure, protocol_names
+from swav_eval.results import Outcome, finished_result, identity, text_of, versions, write_result
+
+P = TypeVar("P", bound=Protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[P]):
+    """One evaluation, whose files have been opened."""
+
+    protocol: P
+    backbone: BackboneFile
+    train: DatasetIndex
+    test: DatasetIndex | None
+    device: torch.device
+    work: Location | None  # folder for what a restarted evaluation takes up again; None: it would begin anew
+
+    @property
+    def resize_px(self) -> int:
+        """Shorter side of the images."""
+        return self.backbone.resize_px if self.protocol.resize_px is None else self.protocol.resize_px
+
+    @property
+    def crop_px(self) -> int:
+        """Centre crop, and random crops, of the images."""
+        return self.backbone.crop_px if self.protocol.crop_px is None else self.protocol.crop_px
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of this rank that decode."""
+        return self.protocol.runtime.loader_threads or cores_of_rank()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a command line names."""
+
+    backbone: Location
+    train: str
+    test: str | None
+    output: Location | None
+    work: Location | None
+    command: str
+
+
+def evaluate(request: Request, protocol: P, carry_out: Callable[[Job[P]], Outcome]) -> dict[str, object]:
+    """Carry out a protocol, or find that it is done; every rank returns the result, and rank 0 has written it.
+
+    Args:
+        request: which files.
+        protocol: the settings.
+        carry_out: the protocol itself.
+
+    Raises:
+        ValueError: the backbone, the images or the settings do not fit, or the output is another evaluation's.
+        swav.program.Stopped: on SIGTERM or SIGINT; what is done is kept in the work folder.
+        RuntimeError, OSError: a file cannot be read or written.
+    """
+    device = pick_device(protocol.runtime.device)
+    backbone = load_backbone(request.backbone)
+    train = open_dataset(request.train)
+    test = open_dataset(request.test) if request.test is not None else None
+    indices = {"train": train} | ({"test": test} if test is not None else {})
+    wanted = identity(
+        protocol, backbone_sha256=backbone.sha256, data={name: index.identity for name, index in indices.items()}
+    )
+    runtime = protocol.runtime
+    work = request.work or (f"{storage.absolute(request.output)}.work" if request.output is not None else None)
+    with (
+        ends_when_stalled(runtime.stalled_after_seconds),
+        stop_at_once("stopped on request; the features and steps that were saved are kept" if work else "stopped"),
+        process_group(device, runtime.collective_timeout_seconds),
+    ):
+        found = finished_result(request.output, wanted) if request.output is not None else None
+        barrier()  # before rank 0 writes it
+        if found is not None:
+            return found
+        job = Job(protocol, backbone, train, test, device, work)
+        _check_sizes(job)
+        with _work_folder(work, removed=request.work is None, wait_seconds=runtime.collective_timeout_seconds / 2):
+            outcome = carry_out(job)
+            result = {
+                **wanted,
+                "metrics": outcome.metrics,
+                **outcome.facts,
+                "resize_px": job.resize_px,
+                "crop_px": job.crop_px,
+                "backbone": {
+                    "file": str(request.backbone),
+                    "layout": backbone.layout,
+                    "arch": backbone.model.arch,
+                    "width": backbone.model.width,
+                    "left_out": list(backbone.left_out),
+                },
+                "data": {
+                    name: {
+                        "url": request.train if name == "train" else request.test,
+                        "images": index.num_samples,
+                        "broken": outcome.broken.get(name, 0),
+                    }
+                    for name, index in indices.items()
+                },
+                "versions": versions(),
+                "command": request.command,
+            }
+            if rank() == 0 and request.output is not None:
+                write_result(request.output, result)
+            barrier()  # a launcher takes the first rank that ends well for all being done
+        return result
+
+
+def _check_sizes(job: Job[P]) -> None:
+    if not 1 <= job.crop_px <= job.resize_px:
+        raise ValueError(
+            f"an evaluation cuts crop_px={job.crop_px} out of images resized to resize_px={job.resize_px}; "
+            "crop_px must be from 1 to resize_px"
+        )
+
+
+@contextmanager
+def _work_folder(work: Location | None, *, removed: bool, wait_seconds: float) -> Iterator[None]:
+    """Keep the work folder to this evaluation; remove it once the block has ended well, unless it was asked for."""
+    with sole_writer(work, wait_seconds=wait_seconds) if work is not None else nullcontext():
+        yield
+        if work is None or not removed or rank() != 0:
+            return
+        if not storage.is_remote(work):
+            shutil.rmtree(storage.local_path(work), ignore_errors=True)
+            return
+        for folder in (join(work, "checkpoints"), work):
+            for name in storage.list_names(folder):
+                storage.remove(join(folder, name))
+                progress()
+
+
+def main(
+    kind: type[P],
+    carry_out: Callable[[Job[P]], Outcome],
+    arguments: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    needs_test: bool = True,
+) -> int:
+    """Run a protocol's program from the command line; returns the exit status.
+
+    Args:
+        kind: of protocol.
+        carry_out: the protocol itself.
+        arguments: of the command line; None: those of the process.
+        prog: how it is called.
+        description: what it does.
+        needs_test: whether test images must be given.
+    """
+    names = protocol_names(kind)
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    only = names[0] if len(names) == 1 else None
+    parser.add_argument(
+        "--recipe", default=only, required=only is None, help=f"name of the protocol: {', '.join(names)}"
+    )
+    parser.add_argument("--backbone", required=True, help="file of a backbone, of any layout, or folder of a run")
+    parser.add_argument("--train", required=True, help="labelled images to learn from: a folder of images or of tars")
+    parser.add_argument("--test", required=needs_test, help="labelled images to classify")
+    parser.add_argument("--output", help="file for the result as JSON")
+    parser.add_argument(
+        "--work", help="folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. num_classes=10")
+    words = sys.argv[1:] if arguments is None else arguments
+    start_logging()
+    options = parser.parse_args(words)
+    request = Request(
+        options.backbone,
+        options.train,
+        options.test,
+        options.output,
+        options.work,
+        shlex.join(["python", "-m", prog, *words]),
+    )
+    set_context(protocol=options.recipe)
+
+    def body() -> None:
+        protocol = configure(options.recipe, kind, options.overrides)
+        with above_bars(), reporting():
+            result = evaluate(request, protocol, carry_out)
+            if os.environ.get("RANK", "0") == "0":
+                answer(text_of(result).rstrip("\n"), title=protocol.name, result=result)
+
+    return run(body)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,7 +24,7 @@ from swav.run_folder import sole_writer
 from swav.storage import Location, join
 from swav.telemetry import reporting
 from swav.watchdog import ends_when_stalled, progress
-from swav_eval.config import Protocol
+from swav_eval.config import EvaluationRuntime, Protocol
 from swav_eval.recipes import configure, protocol_names
 from swav_eval.results import Outcome, finished_result, identity, text_of, versions, write_result
 
@@ -70,20 +70,41 @@ class Request:
     command: str
 
 
-def evaluate(request: Request, protocol: P, carry_out: Callable[[Job[P]], Outcome]) -> dict[str, object]:
+@contextmanager
+def session(runtime: EvaluationRuntime) -> Iterator[torch.device]:
+    """The device of this rank, within its process group; SIGTERM and SIGINT end the block by ``Stopped``.
+
+    Args:
+        runtime: of the evaluations in the block.
+
+    Raises:
+        ValueError: the device that is asked for is not there.
+        swav.program.Stopped: on SIGTERM or SIGINT; what is done is kept in the work folder.
+    """
+    device = pick_device(runtime.device)
+    with (
+        ends_when_stalled(runtime.stalled_after_seconds),
+        stop_at_once("stopped on request; with --output or --work, what was saved there is kept"),
+        process_group(device, runtime.collective_timeout_seconds),
+    ):
+        yield device
+
+
+def evaluate(
+    request: Request, protocol: P, carry_out: Callable[[Job[P]], Outcome], device: torch.device
+) -> dict[str, Any]:
     """Carry out a protocol, or find that it is done; every rank returns the result, and rank 0 has written it.
 
     Args:
         request: which files.
         protocol: the settings.
         carry_out: the protocol itself.
+        device: of the :func:`session`.
 
     Raises:
         ValueError: the backbone, the images or the settings do not fit, or the output is another evaluation's.
-        swav.program.Stopped: on SIGTERM or SIGINT; what is done is kept in the work folder.
         RuntimeError, OSError: a file cannot be read or written.
     """
-    device = pick_device(protocol.runtime.device)
     backbone = load_backbone(request.backbone)
     train = open_dataset(request.train)
     test = open_dataset(request.test) if request.test is not None else None
@@ -91,49 +112,41 @@ def evaluate(request: Request, protocol: P, carry_out: Callable[[Job[P]], Outcom
     wanted = identity(
         protocol, backbone_sha256=backbone.sha256, data={name: index.identity for name, index in indices.items()}
     )
-    runtime = protocol.runtime
+    found = finished_result(request.output, wanted) if request.output is not None else None
+    barrier()  # before rank 0 writes it
+    if found is not None:
+        return found
     work = request.work or (f"{storage.absolute(request.output)}.work" if request.output is not None else None)
-    with (
-        ends_when_stalled(runtime.stalled_after_seconds),
-        stop_at_once("stopped on request; the features and steps that were saved are kept" if work else "stopped"),
-        process_group(device, runtime.collective_timeout_seconds),
-    ):
-        found = finished_result(request.output, wanted) if request.output is not None else None
-        barrier()  # before rank 0 writes it
-        if found is not None:
-            return found
-        job = Job(protocol, backbone, train, test, device, work)
-        _check_sizes(job)
-        with _work_folder(work, removed=request.work is None, wait_seconds=runtime.collective_timeout_seconds / 2):
-            outcome = carry_out(job)
-            result = {
-                **wanted,
-                "metrics": outcome.metrics,
-                **outcome.facts,
-                "resize_px": job.resize_px,
-                "crop_px": job.crop_px,
-                "backbone": {
-                    "file": str(request.backbone),
-                    "layout": backbone.layout,
-                    "arch": backbone.model.arch,
-                    "width": backbone.model.width,
-                    "left_out": list(backbone.left_out),
-                },
-                "data": {
-                    name: {
-                        "url": request.train if name == "train" else request.test,
-                        "images": index.num_samples,
-                        "broken": outcome.broken.get(name, 0),
-                    }
-                    for name, index in indices.items()
-                },
-                "versions": versions(),
-                "command": request.command,
-            }
-            if rank() == 0 and request.output is not None:
-                write_result(request.output, result)
-            barrier()  # a launcher takes the first rank that ends well for all being done
-        return result
+    job = Job(protocol, backbone, train, test, device, work)
+    _check_sizes(job)
+    wait_seconds = protocol.runtime.collective_timeout_seconds / 2
+    with _work_folder(work, removed=request.work is None, wait_seconds=wait_seconds):
+        outcome = carry_out(job)
+        urls = {"train": request.train, "test": request.test}
+        result = {
+            **wanted,
+            "metrics": outcome.metrics,
+            **outcome.facts,
+            "resize_px": job.resize_px,
+            "crop_px": job.crop_px,
+            "backbone": {
+                "file": str(request.backbone),
+                "layout": backbone.layout,
+                "arch": backbone.model.arch,
+                "width": backbone.model.width,
+                "left_out": list(backbone.left_out),
+            },
+            "data": {
+                name: {"url": urls[name], "images": index.num_samples, "broken": outcome.broken.get(name, 0)}
+                for name, index in indices.items()
+            },
+            "versions": versions(),
+            "command": request.command,
+        }
+        if rank() == 0 and request.output is not None:
+            write_result(request.output, result)
+        barrier()  # a launcher takes the first rank that ends well for all being done
+    return result
 
 
 def _check_sizes(job: Job[P]) -> None:
@@ -209,7 +222,8 @@ def main(
     def body() -> None:
         protocol = configure(options.recipe, kind, options.overrides)
         with above_bars(), reporting():
-            result = evaluate(request, protocol, carry_out)
+            with session(protocol.runtime) as device:
+                result = evaluate(request, protocol, carry_out, device)
             if os.environ.get("RANK", "0") == "0":
                 answer(text_of(result).rstrip("\n"), title=protocol.name, result=result)
 

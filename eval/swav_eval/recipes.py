@@ -21,6 +21,20 @@ from swav_eval.config import (
 
 _PARTS = 4  # of a training with three drops of the rate at equal intervals (A.5)
 
+# What a backbone is judged by where nothing else is asked for: knn is knn_20 and knn_200 at once, and the rows without
+# pretraining take long and say nothing of a backbone.
+STANDARD = (
+    "knn",
+    "svm_voc07",
+    "linear_imagenet",
+    "linear_places205",
+    "linear_inat18",
+    "semisup_1pct",
+    "semisup_10pct",
+    "lowshot_13",
+    "lowshot_128",
+)
+
 T = TypeVar("T", bound=Protocol)
 
 
@@ -177,8 +191,22 @@ def protocol_names(kind: type[Any] | None = None) -> list[str]:
     return [name for name, build in _PROTOCOLS.items() if kind is None or isinstance(build(), kind)]
 
 
+def summary(name: str) -> str:
+    """What a named protocol is, in a sentence."""
+    return (_builder(name).__doc__ or "").partition("\n")[0]
+
+
 def get_protocol(name: str) -> Protocol:
     """Build a named protocol.
+
+    Raises:
+        ValueError: there is none of this name; the message holds the nearest.
+    """
+    return _builder(name)()
+
+
+def _builder(name: str) -> Callable[[], Protocol]:
+    """What builds a named protocol.
 
     Raises:
         ValueError: there is none of this name; the message holds the nearest.
@@ -186,7 +214,7 @@ def get_protocol(name: str) -> Protocol:
     if name not in _PROTOCOLS:
         nearest = difflib.get_close_matches(name, _PROTOCOLS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown protocol {name!r}; the nearest of {len(_PROTOCOLS)} is {nearest!r}")
-    return _PROTOCOLS[name]()
+    return _PROTOCOLS[name]
 
 
 def configure(name: str, kind: type[T], overrides: Iterable[str] = ()) -> T:

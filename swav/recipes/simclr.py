@@ -26,4 +26,14 @@ def simclr_r50_2x160_4x96_400ep() -> PretrainConfig:
     return _simclr("simclr_r50_2x160_4x96_400ep", 400, crops(160, 4))
 
 
-RECIPES = (simclr_r50_2x224_100ep, simclr_r50_2x224_400ep, simclr_r50_2x160_4x96_400ep)
+def simclr_r50_2x224_1000ep() -> PretrainConfig:
+    """Fig. 2: the length at which SimCLR is best. 40 h on 64 V100. Expect the transfers of Table 3."""
+    return _simclr("simclr_r50_2x224_1000ep", 1000, crops(224, 0))
+
+
+RECIPES = (
+    simclr_r50_2x224_100ep,
+    simclr_r50_2x224_400ep,
+    simclr_r50_2x160_4x96_400ep,
+    simclr_r50_2x224_1000ep,
+)

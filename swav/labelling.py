@@ -227,7 +227,7 @@ class HandOver(Unlabelled):
         with self._kept_buffers(), self._writer(epoch, 0) as bank:
             for raw in passing.epoch(-1 - epoch):
                 batch = self._augment(raw)
-                with autocast(batch, self._config.runtime.precision):
+                with autocast(batch.crops[0].device, self._config.runtime.precision):
                     embeddings = self._method.embed(batch)
                 bank.append(raw, embeddings)
                 progress()

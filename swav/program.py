@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -75,6 +76,30 @@ def stop_at_once(what: str) -> Iterator[None]:
     previous = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(slots=True)
+class StopFlag:
+    """Whether this process has been asked to stop."""
+
+    is_set: bool = False
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Turn the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one acts at once."""
+    flag = StopFlag()
+
+    def request(signum: int, _frame: FrameType | None) -> None:
+        flag.is_set = True
+        signal.signal(signum, previous[signal.Signals(signum)])
+
+    previous = {signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -3,10 +3,8 @@
 import contextlib
 import inspect
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -42,7 +40,7 @@ from swav.metrics import Report, quarantine_budget
 from swav.models.batchnorm import synchronize
 from swav.optim.lars import LARS, parameter_groups
 from swav.optim.schedule import warmup_cosine
-from swav.program import Stopped
+from swav.program import StopFlag, Stopped, stop_on_signals
 from swav.storage import Location, join, write_atomic
 from swav.watchdog import progress
 
@@ -191,7 +189,7 @@ def train_step(state: TrainState, batch: CropBatch, *, lr: float, precision: str
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.method.before_step()
-    with autocast(batch, precision):
+    with autocast(batch.crops[0].device, precision):
         output: MethodOutput = state.model(batch)
     state.scaler.scale(output.loss).backward()
     for parameter in state.method.frozen_parameters(batch.epoch):
@@ -244,7 +242,7 @@ def open_labelling(
     loader: Loader,
     augment: Augment,
     *,
-    stop: "StopFlag",
+    stop: StopFlag,
     report: Report,
 ) -> Unlabelled:
     """Where the method's labels come from."""
@@ -351,27 +349,3 @@ def restore(state: TrainState, index: DatasetIndex, folder: Location) -> None:
     state.step = saved["step"]
     if rank() == 0:
         state.counts.copy_(saved["counts"])
-
-
-@dataclass(slots=True)
-class StopFlag:
-    """Whether this process has been asked to stop."""
-
-    is_set: bool = False
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one acts at once."""
-    flag = StopFlag()
-
-    def request(signum: int, _frame: FrameType | None) -> None:
-        flag.is_set = True
-        signal.signal(signum, previous[signal.Signals(signum)])
-
-    previous = {signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flag
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -163,6 +163,7 @@ class Loader:
     prefetch_batches: int = 2  # how far to work ahead of the caller
     read_ahead_batches: int = 16  # how far to fetch ahead of that, where the reader fetches from a store
     max_quarantined: int | None = None  # broken samples that this rank bears in an epoch; None: any number
+    budget_setting: str = "data.max_quarantined_fraction"  # what raises that number, for the message
     on_quarantine: Callable[[Quarantined], None] | None = None  # in the caller's thread, once per epoch and sample
 
     def __post_init__(self) -> None:
@@ -305,7 +306,7 @@ class Loader:
             examples = "; ".join(f"{record.name}: {record.reason}" for record in islice(known.values(), 3))
             raise RuntimeError(
                 f"{len(known)} broken images in one epoch are more than the {self.max_quarantined} that are admitted "
-                f"({examples}); mend the data, or raise data.max_quarantined_fraction"
+                f"({examples}); mend the data, or raise {self.budget_setting}"
             )
 
 

@@ -14,9 +14,9 @@ from swav.distributed import all_reduce_sum, world_size
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(batch: CropBatch, precision: str) -> torch.autocast:
-    """Torch's automatic mixed precision for a batch; none for ``fp32``."""
-    return torch.autocast(batch.crops[0].device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Torch's automatic mixed precision on a device; none for ``fp32``."""
+    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
 
 
 @dataclass(frozen=True, slots=True)

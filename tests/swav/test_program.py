@@ -21,6 +21,7 @@ from swav.program import (
     end_with_launcher,
     run,
     stop_at_once,
+    stop_on_signals,
 )
 
 
@@ -113,3 +114,19 @@ def test_a_process_whose_launcher_is_gone_is_asked_to_stop(monkeypatch: pytest.M
     with pytest.raises(Stopped, match="no launcher"):
         body()
     ctypes.CDLL(None).prctl(1, 0)  # the tests themselves may outlive what started them
+
+
+def test_a_second_signal_acts_at_once() -> None:
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append("outer"))
+    try:
+        with stop_on_signals() as flag:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert flag.is_set
+            assert not caught
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == ["outer"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == ["outer"] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -298,22 +298,6 @@ def test_no_rank_leaves_before_the_state_is_on_the_disk(tmp_path: Path, cache: P
     assert run_ranks(2, stop_with_slow_writes, str(data), str(tmp_path / "run"), str(cache)) == [[2], [2]]
 
 
-def test_a_second_signal_acts_at_once() -> None:
-    caught = []
-    before = signal.signal(signal.SIGTERM, lambda *_: caught.append("outer"))
-    try:
-        with train.stop_on_signals() as flag:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert flag.is_set
-            assert not caught
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert caught == ["outer"]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == ["outer"] * 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @pytest.mark.usefixtures("here")
 def test_a_stopped_run_in_this_process_is_taken_up(
     tmp_path: Path, data: Path, reference: Path, monkeypatch: pytest.MonkeyPatch

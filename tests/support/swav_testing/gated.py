@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import swav.program
 import swav.train
 from swav.data.augment import Augment
 from swav.data.batch import CropBatch, RawBatch
@@ -25,8 +26,8 @@ from swav.distributed import world_size
 from swav.methods import build_method
 from swav.methods.base import Method
 from swav.models.batchnorm import synchronize
+from swav.program import StopFlag
 from swav.storage import write_atomic
-from swav.train import StopFlag
 
 # The first rank of a round has a port of that round, which all of its ranks are told.
 LIFE = os.environ.get("MASTER_PORT", "alone")
@@ -123,7 +124,8 @@ def delivered(gate: Path) -> dict[tuple[int, int], list[int]]:
 def install() -> None:
     """Let the main job of this process wait at the gate, and compute as PRECISION says."""
     torch.set_num_threads(1)
-    vars(swav.train).update(Loader=GatedLoader, StopFlag=NotedStopFlag)
+    vars(swav.train).update(Loader=GatedLoader)
+    vars(swav.program).update(StopFlag=NotedStopFlag)
     if os.environ.get("PRECISION") == "double":
         vars(swav.train).update(Augment=DoubleAugment, build_method=build_double, synchronize=synchronize_double)
 

@@ -19,7 +19,7 @@ NOT_BUILT = {
     "detr_coco": "DETR on COCO (A.5)",
 }
 # Why a number has no pretraining recipe of ours.
-OTHERS = "by other authors, of a method that is not in this project"
+OTHERS = "other authors' model, not rebuilt here"
 
 Value = float | str | None
 
@@ -33,7 +33,7 @@ class Reported:
         row: its row there.
         column: its column there.
         value: as printed, in per cent where it is a share; None where the paper names the run and no number.
-        unit: of the value: %, h, GB, M.
+        unit: of the value: %, h, GB, M; empty where it is printed with it.
         pretraining: name of the recipe; None: not by this project, see :data:`OTHERS`.
         protocol: name of the protocol, of a measurement, or of one that is not built yet.
         metric: of the protocol's result.
@@ -82,15 +82,15 @@ def _table_1() -> Iterator[Reported]:
         ("SwAV", "2x224 + 6x96", "6h15", 12.8, "swav_r50_2x224_6x96_100ep"),
     ):
         row = f"{method}, {crops}"
-        yield Reported("Table 1", row, "time / 100 epochs", hours, "h", recipe, "pretraining_hours", "hours")
+        yield Reported("Table 1", row, "time / 100 epochs", hours, "", recipe, "pretraining_hours", "hours")
         yield Reported("Table 1", row, "peak memory / GPU", memory, "GB", recipe, "peak_memory", "gigabytes")
 
 
 def _figure_2() -> Iterator[Reported]:
     """What the text states of the figure; its points at 100 to 400 epochs are the main paper's."""
     yield _top1("Figure 2", "SwAV, 800 epochs", 75.3, _BEST)
-    yield Reported("Figure 2", "SwAV, 100 epochs", "hours", "6", "h", "swav_r50_2x224_6x96_100ep", *_HOURS)
-    yield Reported("Figure 2", "SimCLR, 1000 epochs", "hours", "40", "h", _SIMCLR, *_HOURS)
+    yield Reported("Figure 2", "SwAV, 100 epochs", "hours", 6, "h", "swav_r50_2x224_6x96_100ep", *_HOURS)
+    yield Reported("Figure 2", "SimCLR, 1000 epochs", "hours", 40, "h", _SIMCLR, *_HOURS)
 
 
 _HOURS = ("pretraining_hours", "hours")

@@ -123,9 +123,11 @@ def test_settings_of_the_ablations(name: str) -> None:
 @pytest.mark.parametrize("build", simclr.RECIPES)
 def test_simclr_differs_from_swav_in_its_loss_alone(build: Callable[[], PretrainConfig]) -> None:
     run = build()
-    twin = get_recipe(run.name.replace("simclr", "swav"))
+    views = run.name.removeprefix("simclr_r50_").rpartition("_")[0]
+    twin = get_recipe(f"swav_r50_{views}_400ep")
+    assert run.name.endswith(f"_{run.optim.epochs}ep")
     assert run.method == SimclrConfig(temperature=0.1)
-    assert replace(run, name=twin.name, method=twin.method) == twin
+    assert replace(run, name=twin.name, method=twin.method, optim=replace(run.optim, epochs=400)) == twin
 
 
 @pytest.mark.parametrize("build", offline.RECIPES)

@@ -9,14 +9,14 @@ import sys
 from torch import nn
 
 from swav.bars import above_bars
-from swav.config import EvaluateConfig, PretrainConfig
+from swav.config import PretrainConfig
 from swav.data.index import DatasetIndex
 from swav.data.source import has_labels, open_dataset
 from swav.distributed import barrier, pick_device, process_group, rank
 from swav.features import Evaluation
 from swav.logs import answer, set_context, start_logging
 from swav.methods import build_backbone
-from swav.models.backbone_file import save_backbone
+from swav.models.backbone_file import image_sizes, save_backbone
 from swav.program import run, stop_at_once
 from swav.recipes import configure
 from swav.run_folder import sole_writer
@@ -127,13 +127,6 @@ def open_evaluation(config: PretrainConfig, index: DatasetIndex) -> Evaluation |
             f"{evaluation.num_voters} images to vote; set evaluate.num_neighbors=[{fewer}]"
         )
     return evaluation
-
-
-def image_sizes(evaluation: EvaluateConfig | None) -> dict[str, int]:
-    """How large an evaluation sees its images; the paper's 256 and 224 where the run has none."""
-    if evaluation is None:
-        return {"resize_px": 256, "crop_px": 224}
-    return {"resize_px": evaluation.resize_px, "crop_px": evaluation.crop_px}
 
 
 def describe(result: dict[str, dict[str, float]], output: Location) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-_LAYOUTS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -35,9 +35,9 @@ class ResNet(nn.Module):
             num_classes: adds a linear classifier ``fc``.
         """
         super().__init__()
-        if arch not in _LAYOUTS:
-            raise ValueError(f"unknown arch {arch!r}; known are {', '.join(_LAYOUTS)}")
-        block, depths = _LAYOUTS[arch]
+        if arch not in BLOCKS:
+            raise ValueError(f"unknown arch {arch!r}; known are {', '.join(BLOCKS)}")
+        block, depths = BLOCKS[arch]
         base = round(64 * width)
         if stem == "7x7":
             self.conv1 = nn.Conv2d(3, base, kernel_size=7, stride=2, padding=3, bias=False)

@@ -7,7 +7,7 @@ from typing import List, Optional
 
 from torchx import specs
 
-from swav_components import roles
+from swav_components import evaluators, roles
 
 
 def pretrain(
@@ -219,12 +219,208 @@ def assign(
     )
 
 
+def linear(
+    *overrides: str,
+    backbone: str,
+    train: str,
+    test: str,
+    recipe: str,
+    output: Optional[str] = None,
+    work: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.EVAL_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Judge a backbone by a linear classifier on its frozen features (appendices A.3 and A.5).
+
+    Args:
+        overrides: settings of the protocol to change, as key=value, e.g. learning_rates=[0.1,0.3,1]
+        backbone: file of the backbone, of any layout, or folder of a run
+        train: labelled images to learn from: a folder of images or of webdataset tars
+        test: labelled images to classify
+        recipe: name of the protocol, e.g. linear_imagenet, linear_places205 or linear_inat18
+        output: file for the result
+        work: folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)
+        j: nodes and processes, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
+        image: container image, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-linear",
+        name,
+        evaluators.protocol(
+            "linear",
+            recipe,
+            overrides,
+            files=evaluators.Files(backbone, train, test, output, work),
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def finetune(
+    *overrides: str,
+    backbone: str,
+    train: str,
+    test: str,
+    recipe: str,
+    output: Optional[str] = None,
+    work: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.EVAL_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Judge a backbone by fine-tuning it on few labels (appendix A.4).
+
+    Args:
+        overrides: settings of the protocol to change, as key=value, e.g. subset.names=s3://bucket/1percent.txt
+        backbone: file of the backbone, of any layout, or folder of a run
+        train: labelled images to learn from: a folder of images or of webdataset tars, of which it takes few
+        test: labelled images to classify
+        recipe: name of the protocol, e.g. semisup_1pct or semisup_10pct
+        output: file for the result
+        work: folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)
+        j: nodes and processes, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
+        image: container image, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-finetune",
+        name,
+        evaluators.protocol(
+            "finetune",
+            recipe,
+            overrides,
+            files=evaluators.Files(backbone, train, test, output, work),
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def lowshot(
+    *overrides: str,
+    backbone: str,
+    train: str,
+    test: str,
+    recipe: str,
+    output: Optional[str] = None,
+    work: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.EVAL_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Judge a backbone by fine-tuning it on some images of each class (appendix B.5).
+
+    Args:
+        overrides: settings of the protocol to change, as key=value, e.g. subset.per_class=50
+        backbone: file of the backbone, of any layout, or folder of a run
+        train: labelled images to learn from: a folder of images or of webdataset tars, of which it takes few
+        test: labelled images to classify
+        recipe: name of the protocol: lowshot_13 or lowshot_128, and with _scratch behind it without pretraining
+        output: file for the result
+        work: folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)
+        j: nodes and processes, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
+        image: container image, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-lowshot",
+        name,
+        evaluators.protocol(
+            "lowshot",
+            recipe,
+            overrides,
+            files=evaluators.Files(backbone, train, test, output, work),
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def svm(
+    *overrides: str,
+    backbone: str,
+    train: str,
+    test: str,
+    recipe: str = "svm_voc07",
+    output: Optional[str] = None,
+    work: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.EVAL_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Judge a backbone by linear SVMs on its frozen features (appendix A.5, VOC07).
+
+    Args:
+        overrides: settings of the protocol to change, as key=value, e.g. costs=[0.25,1]
+        backbone: file of the backbone, of any layout, or folder of a run
+        train: labelled images to learn from: a folder of images or of webdataset tars
+        test: labelled images to classify
+        recipe: name of the protocol
+        output: file for the result
+        work: folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)
+        j: nodes and processes, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
+        image: container image, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-svm",
+        name,
+        evaluators.protocol(
+            "svm",
+            recipe,
+            overrides,
+            files=evaluators.Files(backbone, train, test, output, work),
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
 def knn(
+    *overrides: str,
     backbone: str,
     train: str,
     test: Optional[str] = None,
-    output: Optional[str] = None,
+    recipe: str = "knn",
     k: Optional[List[int]] = None,
+    output: Optional[str] = None,
+    work: Optional[str] = None,
+    j: str = "1x1",
     image: str = roles.EVAL_IMAGE,
     cpu: int = 2,
     gpu: int = 0,
@@ -235,27 +431,77 @@ def knn(
     """Judge a backbone by its nearest neighbours (appendix B.6).
 
     Args:
-        backbone: file of the backbone
+        overrides: settings of the protocol to change, as key=value, e.g. temperature=0.1
+        backbone: file of the backbone, of any layout, or folder of a run
         train: labelled images that vote: a folder of images or of webdataset tars
         test: labelled images to classify; without them each image of train is classified by the others
-        output: file for the result
+        recipe: name of the protocol: knn, knn_20 or knn_200
         k: numbers of neighbours, e.g. 20,200
+        output: file for the result
+        work: folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)
+        j: nodes and processes, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
         image: container image, where the scheduler uses one
-        cpu: cores
-        gpu: GPUs
-        memMB: memory
-        disk_gb: disk, for the cache
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
         name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
     """
     return roles.app(
         "swav-knn",
         name,
-        roles.knn(
-            backbone,
-            train,
-            test=test,
-            output=output,
-            num_neighbors=k,
+        evaluators.protocol(
+            "knn",
+            recipe,
+            [*evaluators.neighbours(k), *overrides],
+            files=evaluators.Files(backbone, train, test, output, work),
+            j=j,
+            node=roles.Node(image, cpu, gpu, memMB, disk_gb),
+        ),
+    )
+
+
+def evaluate(
+    *overrides: str,
+    backbone: str,
+    data: str,
+    output: str,
+    protocols: Optional[List[str]] = None,
+    pretraining: Optional[str] = None,
+    j: str = "1x1",
+    image: str = roles.EVAL_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    disk_gb: int = 50,
+    name: Optional[str] = None,
+) -> specs.AppDef:
+    """Judge a backbone by all protocols whose images are there, side by side, and write the paper's table of it.
+
+    Args:
+        overrides: settings to change, as key=value of all protocols or PROTOCOL:key=value of one
+        backbone: file of the backbone, of any layout, or folder of a run
+        data: folder of imagenet/train, imagenet/val, places205/..., inat18/..., voc07/trainval and voc07/test
+        output: file for the table; the result of each protocol goes into a folder of its name
+        protocols: names of protocols, e.g. knn,linear_imagenet (default: those of the paper's tables)
+        pretraining: recipe of the backbone, by which its row of the paper is found
+        j: nodes and processes of each protocol, [[<min nodes>:]<nodes>x]<processes per node>, e.g. 1x8
+        image: container image, where the scheduler uses one
+        cpu: cores per node
+        gpu: GPUs per node
+        memMB: memory per node
+        disk_gb: disk per node, for the cache
+        name: of the job, in lower-case letters, digits and dashes, so that a second submission is recognised
+    """
+    return roles.app(
+        "swav-evaluate",
+        name,
+        *evaluators.table(
+            overrides,
+            files={"backbone": backbone, "data": data, "output": output},
+            protocols=protocols,
+            pretraining=pretraining,
+            j=j,
             node=roles.Node(image, cpu, gpu, memMB, disk_gb),
         ),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchx.specs.finder import ComponentValidationException
 
-from swav_components.roles import ProgramRole
+from swav_components.roles import ProgramRole, replaced
 
 NAMESPACE = QUEUE = "swav"
 METRICS_PORT = 9400
@@ -20,8 +20,9 @@ MAX_NAME = 63  # of a label's value, a host name and a volume
 # An agent gives its ranks so long to save after SIGTERM; the kernel ends the pod after the grace period.
 _SHUTDOWN_SECONDS = 150
 _GRACE_SECONDS = 180
-# Every pod that is replaced counts. What is elastic sees to it itself that it gets on; the rest begins anew each time.
-_MAX_RETRIES = {"trainer": 1000, "assigner": 1000, "evaluator": 20, "shards": 20, "doctor": 1}
+# Every pod that is replaced counts. What is elastic sees to it itself that it gets on. Evaluations take up what they
+# have stored, and one job may have many of them; the rest begins anew each time.
+_MAX_RETRIES = {"trainer": 1000, "assigner": 1000, "evaluator": 100, "shards": 20, "doctor": 1}
 _KEPT_SECONDS = 7 * 24 * 3600  # a finished job, for those who look later
 _LEAVE_SECONDS = 30  # a lost node is given up after so long; Kubernetes' own 300 hold up everybody else
 _FOR_A_PERSON = (64, 70)  # the command is wrong, or goes on failing at one place: no other pod would do better
@@ -50,18 +51,23 @@ def complete(job: dict[str, Any], roles: Iterable[ProgramRole], settings: Mappin
     rendered = iter(spec["tasks"])
     spec["tasks"] = []
     num_pods = num_needed = max_retries = 0
+    roles = list(roles)
     for role in roles:
         _check(role)
         max_retries = max(max_retries, _MAX_RETRIES[role.kind])
         num_pods += role.num_replicas
         num_needed += role.min_replicas or role.num_replicas
-        spec["tasks"] += _tasks([next(rendered) for _ in range(role.num_replicas)], role, settings)
-    spec["tasks"][0]["template"]["spec"]["nodeSelector"] |= labels_of(settings, "first_pod_nodes")
+        tasks = _tasks([next(rendered) for _ in range(role.num_replicas)], role, settings)
+        if not spec["tasks"] or role.num_replicas > 1:
+            tasks[0]["template"]["spec"]["nodeSelector"] |= labels_of(settings, "first_pod_nodes")
+        spec["tasks"] += _meeting_at_their_own(tasks, role, roles[0])
+    # Roles of one pod each that need no other need no room at one time, but all must get to their end.
+    gang = 1 if all(role.independent and role.num_replicas == 1 for role in roles) else num_needed
     _check_size(job["metadata"]["name"], spec["tasks"], num_pods)
     job["metadata"]["namespace"] = settings["namespace"]
     job["metadata"]["labels"] = {"app.kubernetes.io/part-of": "swav", "app.kubernetes.io/managed-by": "torchx"}
     spec |= {
-        "minAvailable": num_needed,  # the gang: less than these does not start
+        "minAvailable": gang,  # less than these does not start
         "minSuccess": num_needed,  # done when these are; a pod that never found a node is not waited for
         "maxRetry": max_retries,
         "policies": [  # the first that fits counts
@@ -91,6 +97,14 @@ def _tasks(tasks: list[dict[str, Any]], role: ProgramRole, settings: Mapping[str
         task.pop("policies", None)  # TorchX's own, of which there are none: the job's count
         _complete_task(task, role, settings)
     return found
+
+
+def _meeting_at_their_own(tasks: list[dict[str, Any]], role: ProgramRole, first: ProgramRole) -> list[dict[str, Any]]:
+    """Tasks of a role whose pods meet at its own first pod; TorchX sends those of all roles to the job's first."""
+    if role is first:
+        return tasks
+    jobs_own, own = (f"VC_{one.name.upper()}_0_HOSTS" for one in (first, role))
+    return [replaced(tasks[0], f"${{{jobs_own}:-", "${TORCHX_RANK0_HOST:-"), *replaced(tasks[1:], jobs_own, own)]
 
 
 def pod_name(job: str, role: str, replica: int) -> str:
@@ -243,8 +257,9 @@ def _check_urls(role: ProgramRole) -> None:
     for option, url in role.urls.items():
         if "://" in url or url.startswith(("/", "demo/")):
             continue
+        said = f"{option}={url}" if "." in option else f"--{option} {url}"
         raise ComponentValidationException(
-            f"--{option} {url} is a path of this machine, and a pod has none of its files, nor keeps its own; give "
+            f"{said} is a path of this machine, and a pod has none of its files, nor keeps its own; give "
             f"s3://bucket/prefix" + (", or set SWAV_RUNS=s3://bucket/runs" if option == "output" else "")
         )
 

@@ -26,7 +26,7 @@ IMAGE = f"swav-pretrain:{swav.__version__}"
 ASSIGN_IMAGE = f"swav-assign:{swav.__version__}"
 EVAL_IMAGE = f"swav-eval:{swav.__version__}"
 
-_RENDEZVOUS_PORT = 29500
+RENDEZVOUS_PORT = 29500
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ class ProgramRole(specs.Role):
     kind: str = "trainer"  # or assigner, evaluator, shards, doctor: what a cluster lets it do
     job_name: str | None = None  # where the job's name was chosen
     disk_gb: int = 50  # of each node, for the cache
+    independent: bool = False  # does its work whether or not the job's other roles run
     urls: dict[str, str] = field(default_factory=dict)  # by option: what it reads and writes
 
     def pre_proc(self, scheduler: str, dryrun_info: specs.AppDryRunInfo[Any]) -> specs.AppDryRunInfo[Any]:
@@ -133,13 +134,14 @@ def pretrain(
     return on_nodes(role, j)
 
 
-def on_nodes(role: ProgramRole, j: str, *, options: str = "") -> ProgramRole:
+def on_nodes(role: ProgramRole, j: str, *, options: str = "", port: int = RENDEZVOUS_PORT) -> ProgramRole:
     """A role's program as the ranks of some nodes, under :mod:`swav.elastic` where they are more than one.
 
     Args:
         role: of one process; changed.
         j: ``[[<min nodes>:]<nodes>x]<processes per node>``.
         options: of the launcher, each with a blank behind it.
+        port: of the first node, where several meet.
 
     Raises:
         ComponentValidationException: ``j`` is of another form.
@@ -155,13 +157,23 @@ def on_nodes(role: ProgramRole, j: str, *, options: str = "") -> ProgramRole:
         role.args = [*launch.split(), "--standalone", *role.args]
         return role
     # The first node's name is known only where the job runs, so a shell reads it there; "$$" is TorchX for "$".
-    endpoint = f"$${{{specs.macros.rank0_env}:-localhost}}:{_RENDEZVOUS_PORT}"
+    endpoint = f"$${{{specs.macros.rank0_env}:-localhost}}:{port}"
     rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={endpoint} --rdzv-id={specs.macros.app_id}"
     role.entrypoint = "bash"
     role.args = ["-c", f"exec python {launch} {rendezvous} {shlex.join(role.args)}"]
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
-    role.port_map = {"c10d": _RENDEZVOUS_PORT}
+    role.port_map = {"c10d": port}
     return role
+
+
+def check_fixed(j: str, why: str) -> None:
+    """Refuse a number of nodes that may be smaller.
+
+    Raises:
+        ComponentValidationException: it is such a number.
+    """
+    if ":" in j:
+        raise ComponentValidationException(f"-j {j}: {why}, so say how many, e.g. -j {j.partition(':')[2]}")
 
 
 def trainer(
@@ -254,36 +266,6 @@ def run_folder(recipe: str, output: str | None) -> str:
     return output or join(os.environ.get("SWAV_RUNS", "runs"), recipe)
 
 
-def knn(
-    backbone: str,
-    train: str,
-    *,
-    test: str | None,
-    output: str | None,
-    num_neighbors: Iterable[int] | None,
-    node: Node,
-) -> ProgramRole:
-    """The k-NN evaluation, in one process.
-
-    Args:
-        backbone: file of the backbone.
-        train: labelled images that vote.
-        test: labelled images to classify, if they are others.
-        output: file for the result.
-        num_neighbors: one result for each.
-        node: where it runs.
-    """
-    urls = {"backbone": backbone, "train": train, "test": test, "output": output}
-    arguments = [word for name, url in urls.items() for word in option(name, url)]
-    return program(
-        "swav_eval.knn",
-        [*arguments, *option("k", *(num_neighbors or ()))],
-        node=node,
-        kind="evaluator",
-        urls=urls,
-    )
-
-
 def shards(
     source: str,
     out: str,
@@ -325,11 +307,7 @@ def doctor(
         j: nodes and processes as of the run.
         node: where it runs.
     """
-    nodes = j.partition("x")[0]
-    if ":" in nodes:
-        raise ComponentValidationException(
-            f"-j {j}: all nodes are to be checked, so say how many, e.g. -j {j.partition(':')[2]}"
-        )
+    check_fixed(j, "all nodes are to be checked")
     role = program(
         "swav.doctor",
         [*option("output", output), *option("data", data), *options],

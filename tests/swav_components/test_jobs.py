@@ -48,6 +48,7 @@ def test_components_are_found_beside_the_built_in_ones() -> None:
     ours = {name for name in components if name.startswith("swav.")}
     assert ours == {f"swav.{name}" for name, _ in inspect.getmembers(jobs, inspect.isfunction)}
     assert {"swav.pretrain", "swav.deepclusterv2", "swav.selav2", "swav.assign", "swav.knn", "swav.shards"} <= ours
+    assert {"swav.linear", "swav.finetune", "swav.lowshot", "swav.svm", "swav.evaluate"} <= ours
 
 
 @pytest.mark.parametrize("name", [name for name, _ in inspect.getmembers(jobs, inspect.isfunction)])
@@ -166,14 +167,6 @@ def test_the_assigners_folder_arrives_as_written(text: str) -> None:
     assert command == [*launch, "--output", text]
 
 
-def test_knn_passes_only_what_is_given() -> None:
-    ((bare, _),) = _replicas(materialize_appdef(jobs.knn, ["--backbone", "b.pt", "--train", "photos"]))
-    assert bare == ["python", "-m", "swav_eval.knn", "--backbone", "b.pt", "--train", "photos"]
-    arguments = ["--backbone", "b.pt", "--train", "photos", "--test", "held-out", "--output", "knn.json"]
-    ((full, _),) = _replicas(materialize_appdef(jobs.knn, [*arguments, "--k", "20,200"]))
-    assert full == ["python", "-m", "swav_eval.knn", *arguments, "--k", "20", "200"]
-
-
 def test_shards_and_doctor_pass_their_options() -> None:
     ((command, _),) = _replicas(materialize_appdef(jobs.shards, ["--source", "photos", "--out", "s3://b/s"]))
     assert command == ["python", "-m", "swav.data.write_shards", "photos", "s3://b/s"]
@@ -255,7 +248,8 @@ def test_dry_run_works_from_the_repository_root() -> None:
 
 def test_submitting_imports_no_torch() -> None:
     code = (
-        "import sys; from swav_components import jobs; jobs.pretrain(recipe='demo', j='1:2x8'); jobs.knn('b', 't');"
+        "import sys; from swav_components import jobs; jobs.pretrain(recipe='demo', j='1:2x8');"
+        "jobs.knn(backbone='b', train='t');"
         "jobs.assign('r'); jobs.shards('a', 'b'); jobs.doctor(output='r');"
         "from swav_components import schedulers;"
         "schedulers.create_scheduler('s').submit_dryrun(jobs.pretrain(recipe='demo'), {});"
@@ -269,6 +263,6 @@ def test_submitting_imports_no_torch() -> None:
 def test_default_image_has_the_version_of_this_code() -> None:
     assert jobs.pretrain(recipe="demo").roles[0].image == roles.IMAGE
     assert jobs.assign("run").roles[0].image == roles.ASSIGN_IMAGE
-    assert jobs.knn("b", "t").roles[0].image == roles.EVAL_IMAGE
+    assert jobs.knn(backbone="b", train="t").roles[0].image == roles.EVAL_IMAGE
     for image in (roles.IMAGE, roles.ASSIGN_IMAGE, roles.EVAL_IMAGE):
         assert image.rpartition(":")[2] not in ("", "latest")

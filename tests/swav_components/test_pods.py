@@ -22,14 +22,11 @@ RUN = ["--data", "s3://bucket/photos", "--output", "s3://bucket/runs/a"]
 GPUS = ["--cpu", "90", "--gpu", "8", "--memMB", "900000", "--disk_gb", "2000"]
 LARGE = ["-j", "2:3x8", *GPUS]
 OFFLINE = ["--assign_cpu", "30", "--assign_gpu", "4", "--assign_memMB", "200000", "--assign_disk_gb", "900"]
-KNN = [
-    "--backbone",
-    "s3://bucket/runs/a/backbone.pt",
-    "--train",
-    "s3://bucket/train",
-    "--output",
-    "s3://bucket/knn.json",
-]
+BACKBONE = ["--backbone", "s3://bucket/runs/a/backbone.pt"]
+KNN = [*BACKBONE, "--train", "s3://bucket/train", "--output", "s3://bucket/knn.json"]
+LABELLED = [*BACKBONE, "--train", "s3://bucket/train", "--test", "s3://bucket/test", "--output", "s3://bucket/a.json"]
+KEPT = ["--work", "s3://bucket/features"]
+TABLE = [*BACKBONE, "--data", "s3://bucket/data", "--output", "s3://bucket/runs/a/paper.json"]
 
 RENDERINGS: dict[str, tuple[Callable[..., specs.AppDef], list[str]]] = {
     "pretrain-small": (jobs.pretrain, ["--recipe", "demo"]),
@@ -43,8 +40,32 @@ RENDERINGS: dict[str, tuple[Callable[..., specs.AppDef], list[str]]] = {
     "selav2-large": (jobs.selav2, ["--recipe", "selav2_r50_2x160_4x96_400ep", *RUN, *LARGE, *OFFLINE]),
     "assign-small": (jobs.assign, ["--output", "s3://bucket/runs/a"]),
     "assign-large": (jobs.assign, [*RUN, *GPUS, "--workers", "8", "--timeout_hours", "48"]),
+    "linear-small": (jobs.linear, ["--recipe", "linear_imagenet", *LABELLED]),
+    "linear-large": (jobs.linear, ["--recipe", "linear_inat18", *LABELLED, *LARGE, "learning_rates=[0.01,0.1]"]),
+    "finetune-small": (jobs.finetune, ["--recipe", "semisup_1pct", *LABELLED]),
+    "finetune-large": (
+        jobs.finetune,
+        ["--recipe", "semisup_10pct", *LABELLED, *LARGE, "subset.names=s3://bucket/10percent.txt"],
+    ),
+    "lowshot-small": (jobs.lowshot, ["--recipe", "lowshot_13", *LABELLED]),
+    "lowshot-large": (jobs.lowshot, ["--recipe", "lowshot_128_scratch", *LABELLED, *LARGE]),
+    "svm-small": (jobs.svm, LABELLED),
+    "svm-large": (jobs.svm, [*LABELLED, *KEPT, *LARGE, "num_folds=5"]),
     "knn-small": (jobs.knn, KNN),
-    "knn-large": (jobs.knn, [*KNN, *GPUS, "--test", "s3://bucket/test", "--k", "20,200"]),
+    "knn-large": (jobs.knn, [*LABELLED, *KEPT, *LARGE, "--k", "20,200"]),
+    "evaluate-small": (jobs.evaluate, TABLE),
+    "evaluate-large": (
+        jobs.evaluate,
+        [
+            *TABLE,
+            "-j",
+            "3x8",
+            *GPUS,
+            "--protocols",
+            "knn,linear_places205",
+            "linear_places205:learning_rates=[0.01,0.1]",
+        ],
+    ),
     "shards-small": (jobs.shards, ["--source", "s3://bucket/list.csv", "--out", "s3://bucket/photos"]),
     "shards-large": (
         jobs.shards,
@@ -243,6 +264,8 @@ def test_a_job_of_many_pods_is_a_small_object() -> None:
         (jobs.pretrain, ["--recipe", "demo"], {"node_selector": ["pool=gpu"]}, "written as label:value"),
         (jobs.selav2, ["--recipe", "selav2_r50_2x224_400ep", "--data", "s3://b/a"], {}, "runs/selav2_.* SWAV_RUNS"),
         (jobs.knn, ["--backbone", "b.pt", "--train", "demo/train"], {}, "--backbone b.pt"),
+        (jobs.svm, [*LABELLED, "--work", "features"], {}, "--work features is a path of this machine"),
+        (jobs.evaluate, [*TABLE[:4], "--output", "paper.json"], {}, "--output paper.json is a path of this machine"),
     ],
 )
 def test_what_the_cluster_could_not_run_is_refused(

@@ -1,9 +1,10 @@
 """Features of labelled images from a frozen network, spread over ranks, and their k-NN accuracy."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,6 +38,18 @@ class Features:
     offset: int  # of this rank's first row among all
     total: int  # rows of all ranks
     num_broken: int  # images of all ranks that could not be decoded; they have no row
+
+
+class Neighbors(Protocol):
+    """The settings of k-NN."""
+
+    @property
+    def num_neighbors(self) -> tuple[int, ...]:
+        """The k's."""
+
+    @property
+    def temperature(self) -> float:
+        """Of the votes' weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +123,18 @@ def extract_features(
 def centre_crops(
     reader: ShardReader, first: int, last: int, *, resize_px: int, crop_px: int, num_threads: int
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, int]]:
-    """Decode consecutive samples in blocks; the next block is decoded while the last one is used.
+    """Decode consecutive samples, from one id up to before another; see :func:`centre_crops_of`."""
+    return centre_crops_of(reader, range(first, last), resize_px=resize_px, crop_px=crop_px, num_threads=num_threads)
+
+
+def centre_crops_of(
+    reader: ShardReader, ids: Sequence[int], *, resize_px: int, crop_px: int, num_threads: int
+) -> Iterator[tuple[NDArray[np.int64], Tensor, int]]:
+    """Decode samples in blocks; the next block is decoded while the last one is used.
 
     Args:
         reader: of the samples.
-        first: sample id.
-        last: sample id after the last one.
+        ids: of the samples, in the order in which they come.
         resize_px: shorter side of the images before the crop.
         crop_px: centre crop.
         num_threads: that decode.
@@ -134,17 +153,18 @@ def centre_crops(
                 return None
 
         def submit(start: int) -> list[Future[Tensor | None]]:
-            reader.prefetch(np.arange(start, min(start + _READ_AHEAD, last)))
-            return [pool.submit(load, sample_id) for sample_id in range(start, min(start + _BATCH, last))]
+            reader.prefetch(np.array(ids[start : start + _READ_AHEAD], dtype=np.int64))
+            return [pool.submit(load, sample_id) for sample_id in ids[start : start + _BATCH]]
 
-        pending = submit(first)
-        for start in range(first, last, _BATCH):
+        pending = submit(0)
+        for start in range(0, len(ids), _BATCH):
             loaded = [future.result() for future in pending]
             pending = submit(start + _BATCH)
-            ids = np.array([start + place for place, image in enumerate(loaded) if image is not None], dtype=np.int64)
+            block = ids[start : start + _BATCH]
+            sound = [sample_id for sample_id, image in zip(block, loaded, strict=True) if image is not None]
             images = [image for image in loaded if image is not None]
             whole = torch.stack(images) if images else torch.empty(0, 3, crop_px, crop_px, dtype=torch.uint8)
-            yield ids, whole, len(loaded) - len(images)
+            yield np.array(sound, dtype=np.int64), whole, len(loaded) - len(images)
 
 
 def normalized(images: Tensor, device: torch.device) -> Tensor:
@@ -190,7 +210,7 @@ def _with_place(values: list[Tensor], labels: list[Tensor], num_broken: int, dev
 
 
 @torch.no_grad()
-def knn_accuracies(train: Features, test: Features | None, config: EvaluateConfig) -> dict[int, float]:
+def knn_accuracies(train: Features, test: Features | None, config: Neighbors) -> dict[int, float]:
     """Top-1 accuracy of k-NN (appendix B.6), equal on every rank.
 
     Args:

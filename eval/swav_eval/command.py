@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -181,6 +181,8 @@ def main(
     prog: str,
     description: str,
     needs_test: bool = True,
+    recipe: str | None = None,
+    short: Sequence[tuple[str, str, Mapping[str, Any]]] = (),
 ) -> int:
     """Run a protocol's program from the command line; returns the exit status.
 
@@ -191,12 +193,14 @@ def main(
         prog: how it is called.
         description: what it does.
         needs_test: whether test images must be given.
+        recipe: the protocol without ``--recipe``; None where the name must be given, if there are several.
+        short: options that stand for settings: their name, the setting's key, and how argparse takes them.
     """
     names = protocol_names(kind)
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
-    only = names[0] if len(names) == 1 else None
+    default = names[0] if len(names) == 1 else recipe
     parser.add_argument(
-        "--recipe", default=only, required=only is None, help=f"name of the protocol: {', '.join(names)}"
+        "--recipe", default=default, required=default is None, help=f"name of the protocol: {', '.join(names)}"
     )
     parser.add_argument("--backbone", required=True, help="file of a backbone, of any layout, or folder of a run")
     parser.add_argument("--train", required=True, help="labelled images to learn from: a folder of images or of tars")
@@ -205,6 +209,8 @@ def main(
     parser.add_argument(
         "--work", help="folder for features and checkpoints, kept for other evaluations (default: OUTPUT.work, removed)"
     )
+    for option, key, taken in short:
+        parser.add_argument(option, dest=key, help=f"the same as {key}=...", **taken)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. num_classes=10")
     words = sys.argv[1:] if arguments is None else arguments
     start_logging()
@@ -219,8 +225,11 @@ def main(
     )
     set_context(protocol=options.recipe)
 
+    said = [(key, getattr(options, key)) for _, key, _ in short]
+    overrides = [*options.overrides, *(f"{key}={value}" for key, value in said if value is not None)]
+
     def body() -> None:
-        protocol = configure(options.recipe, kind, options.overrides)
+        protocol = configure(options.recipe, kind, overrides)
         with above_bars(), reporting():
             with session(protocol.runtime) as device:
                 result = evaluate(request, protocol, carry_out, device)

@@ -62,7 +62,8 @@ images:
 	$(BUILD) --target wheel --tag swav-wheel:$(TAG) .
 	$(BUILD) --target pretrain --tag swav-pretrain:$(TAG) .
 	$(BUILD) --build-arg BASE=swav-pretrain:$(TAG) --tag swav-assign:$(TAG) images/assign
-	$(BUILD) --build-arg BASE=swav-pretrain:$(TAG) --tag swav-eval:$(TAG) images/eval
+	$(BUILD) --build-arg BASE=swav-pretrain:$(TAG) --build-arg WHEEL=swav-wheel:$(TAG) --tag swav-eval:$(TAG) \
+		--file images/eval/Dockerfile .
 	$(BUILD) --build-arg BASE=swav-python:$(TAG) --build-arg WHEEL=swav-wheel:$(TAG) --tag swav-launcher:$(TAG) \
 		--file images/launcher/Dockerfile .
 
@@ -74,6 +75,8 @@ GPU = $(shell sed -nE 's/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z0
 lock:
 	echo torch torchvision | tr ' ' '\n' | $(LOCK) --output-file images/locks/torch.txt -
 	$(LOCK) --extra train $(GPU) --output-file images/locks/train.txt pyproject.toml
+	$(LOCK) --extra eval $(GPU) $$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package \1/p' images/locks/train.txt) \
+		--output-file images/locks/eval.txt pyproject.toml
 	$(LOCK) --extra launch --output-file images/locks/launch.txt pyproject.toml
 	echo setuptools cyclonedx-bom | tr ' ' '\n' | $(LOCK) --output-file images/locks/build.txt -
 

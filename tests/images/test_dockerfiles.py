@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_dockerfile_needs_no_frontend_from_a_hub_and_ignores_no_rule(dockerfil
     assert not re.search(r"^#\s*(syntax=|hadolint)", dockerfile.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["torch", "train", "launch"])
+@pytest.mark.parametrize("name", ["torch", "train", "eval", "launch"])
 def test_a_lock_has_the_versions_of_the_constraints(name: str) -> None:
     locked = pins((LOCKS / f"{name}.txt").read_text())
     assert {package: CONSTRAINTS.get(package) for package in locked} == locked
@@ -66,6 +67,24 @@ def test_torch_and_what_comes_with_it_are_in_a_lock_of_their_own() -> None:
     assert gpu <= torch.keys()
     assert not gpu & train.keys()
     assert torch.keys() - gpu <= train.keys()
+
+
+def test_evaluations_add_to_the_trainers_packages_and_change_none() -> None:
+    torch, train, evaluation = (pins((LOCKS / f"{name}.txt").read_text()) for name in ("torch", "train", "eval"))
+    assert {"scikit-learn", "scipy"} <= evaluation.keys()
+    assert not evaluation.keys() & (torch.keys() | train.keys())
+
+
+@pytest.mark.parametrize(("extra", "locks"), [("train", ["torch", "train"]), ("eval", ["torch", "train", "eval"])])
+def test_images_have_what_an_extra_asks_for(extra: str, locks: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {re.split(r"[<>=\[]", requirement)[0] for requirement in extras[extra]} - {"swav"}
+    assert asked <= {package for lock in locks for package in pins((LOCKS / f"{lock}.txt").read_text())}
+
+
+def test_the_export_formats_are_in_no_image() -> None:
+    locked = {package for lock in LOCKS.glob("*.txt") for package in pins(lock.read_text())}
+    assert not locked & {"timm", "onnx", "onnxscript", "onnxruntime"}
 
 
 def test_the_build_sees_only_what_it_needs() -> None:

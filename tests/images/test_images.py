@@ -61,7 +61,10 @@ def test_labels_say_what_an_image_is(docker: Engine, images: dict[str, str], job
     assert {"description", "source"} <= found.keys()
 
 
-@pytest.mark.parametrize(("job", "locks"), [("pretrain", ("torch", "train")), ("launcher", ("launch",))])
+@pytest.mark.parametrize(
+    ("job", "locks"),
+    [("pretrain", ("torch", "train")), ("eval", ("torch", "train", "eval")), ("launcher", ("launch",))],
+)
 def test_the_bill_of_materials_has_every_locked_package(
     docker: Engine, images: dict[str, str], job: str, locks: tuple[str, ...]
 ) -> None:
@@ -71,7 +74,7 @@ def test_the_bill_of_materials_has_every_locked_package(
     assert found == {**locked(*locks), "swav": swav.__version__}
 
 
-@pytest.mark.parametrize("job", ["pretrain", "launcher"])
+@pytest.mark.parametrize("job", ["pretrain", "eval", "launcher"])
 def test_bytecode_is_in_the_image(docker: Engine, images: dict[str, str], job: str) -> None:
     """Else each start would compile thousands of files, as none can be written."""
     script = (
@@ -127,6 +130,13 @@ def test_the_assigner_and_the_evaluation_work_on_a_run(
     assert judged["accuracy"].keys() == {"5"}
 
 
+def test_the_evaluations_image_has_what_each_protocol_needs(docker: Engine, images: dict[str, str]) -> None:
+    assert "linear_imagenet" in run(docker, images["eval"], "python", "-m", "swav_eval.paper", "--help")
+    assert (
+        run(docker, images["eval"], "python", "-c", "import sklearn.svm, scipy.io; print('there')").strip() == "there"
+    )
+
+
 def test_a_stop_right_at_the_start_is_not_lost(docker: Engine, images: dict[str, str]) -> None:
     """The kernel keeps signals from a container's first process until it handles them: after its imports, for ours."""
     command = ("python", "-m", "swav.elastic", "--standalone", "-m", "swav.pretrain", "--recipe", "demo")
@@ -140,14 +150,20 @@ def test_a_stop_right_at_the_start_is_not_lost(docker: Engine, images: dict[str,
         docker.call("rm", "--force", name)
 
 
-def test_the_launcher_renders_a_job_without_torch(docker: Engine, images: dict[str, str]) -> None:
-    printed = run(
-        docker,
-        images["launcher"],
-        *("torchx", "run", "--dryrun", "-s", "kubernetes", "swav.pretrain", "--recipe", "demo"),
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        "swav.pretrain --recipe demo",
+        "swav.evaluate --backbone s3://bucket/run --data s3://bucket/data --output s3://bucket/paper.json",
+    ],
+)
+def test_the_launcher_renders_a_job_without_torch(docker: Engine, images: dict[str, str], words: str) -> None:
+    printed = run(docker, images["launcher"], "torchx", "run", "--dryrun", "-s", "kubernetes", *words.split())
     job = yaml.safe_load(printed.partition("=== SCHEDULER REQUEST ===")[2])
     assert job["kind"] == "Job"
     have = "import importlib.util as util; print([name for name in ('torch', 'numpy') if util.find_spec(name)])"
     assert run(docker, images["launcher"], "python", "-c", have).strip() == "['numpy']"
+
+
+def test_the_launcher_drives_runs(docker: Engine, images: dict[str, str]) -> None:
     assert "usage" in run(docker, images["launcher"], "python", "-m", "swav_components.driver", "--help")

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import google_crc32c
@@ -118,8 +119,11 @@ class ShardReader:
         text = self.member(sample_id, "cls")
         return None if text is None else self._number(sample_id, text)
 
-    def labels(self) -> NDArray[np.int64]:
+    def labels(self, done: Callable[[int], object] | None = None) -> NDArray[np.int64]:
         """The labels of all samples, int64 [num_samples].
+
+        Args:
+            done: is called with how many more labels are going to be read, some thousands at a time.
 
         Raises:
             ValueError: a sample has no label, or one that is no number.
@@ -134,6 +138,8 @@ class ShardReader:
             columns = (rows[f"cls_{part}"].tolist() for part in ("offset", "bytes", "crc32c"))
             for number, (offset, num_bytes, checksum) in enumerate(zip(*columns, strict=True)):
                 if number % _READ_AHEAD_ROWS == 0:
+                    if done is not None:
+                        done(min(_READ_AHEAD_ROWS, len(rows) - number))
                     self.prefetch(np.arange(start + number, min(start + number + 2 * _READ_AHEAD_ROWS, len(labels))))
                 text = self._read(shard, number, offset, num_bytes, checksum)
                 labels[start + number] = self._number(start + number, text)

@@ -11,6 +11,7 @@ import webdataset
 from swav.data import tar
 from swav.data.scan import make_row
 
+KEY_NAME_LENGTH = 60  # of a longer path, the end is kept
 Sample = tuple[str, dict[str, bytes]]  # what it is called where it comes from, and its members by extension
 
 
@@ -62,7 +63,15 @@ class _Layout:
         return make_row([image, cls, metadata], crc32c)
 
 
+def key_name(stem: str) -> str:
+    """What a key says of the path that a sample comes from: short ASCII without dots, so that ustar headers do.
+
+    Args:
+        stem: the path without its extension, or an earlier key.
+    """
+    return re.sub(r"[^0-9A-Za-z_-]+", "_", re.sub(r"^[0-9]{9}-", "", stem))[-KEY_NAME_LENGTH:]
+
+
 def _key(number: int, stem: str) -> str:
-    """A unique key without dots that shows where the sample comes from; short ASCII, so that ustar headers do."""
-    name = re.sub(r"[^0-9A-Za-z_-]+", "_", re.sub(r"^[0-9]{9}-", "", stem))
-    return f"{number:09d}-{name[-60:]}"
+    """A unique key that shows where the sample comes from."""
+    return f"{number:09d}-{key_name(stem)}"

@@ -1,6 +1,6 @@
 """Reads a shard's headers, or all of it, in few requests."""
 
-from swav.storage import RangeFile
+from swav.data.tar import Readable
 
 _SMALL_BYTES = 4 << 10  # holds a .cls, a .json and the headers around them
 _LARGE_BYTES = 256 << 10
@@ -15,7 +15,7 @@ class Windows:
     image than what is left of the window. Where the next header is always near, windows grow, and images are read too.
     """
 
-    def __init__(self, file: RangeFile, *, whole: bool = False) -> None:
+    def __init__(self, file: Readable, *, whole: bool = False) -> None:
         """Read through windows.
 
         Args:

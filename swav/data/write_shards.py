@@ -43,12 +43,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
-    """How samples are laid out in shards."""
+class ShardOptions:
+    """How samples are laid out in shards; see :func:`write_shards`."""
 
-    samples_per_shard: int
-    bytes_per_shard: int
-    shuffle: int | None
+    samples_per_shard: int = 10_000
+    bytes_per_shard: int = 256_000_000
+    shuffle: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.samples_per_shard, self.bytes_per_shard) < 1:
+            raise ValueError(
+                f"a shard needs at least 1 sample and 1 byte, got {self.samples_per_shard} and {self.bytes_per_shard}"
+            )
 
 
 def write_shards(
@@ -81,10 +87,8 @@ def write_shards(
         RuntimeError: an image cannot be read.
         OSError: a shard cannot be written, or the disk is full; the same call then goes on.
     """
-    if min(samples_per_shard, bytes_per_shard) < 1:
-        raise ValueError(f"a shard needs at least 1 sample and 1 byte, got {samples_per_shard} and {bytes_per_shard}")
+    options = ShardOptions(samples_per_shard, bytes_per_shard, shuffle)
     images = find_images(source)
-    options = _Options(samples_per_shard, bytes_per_shard, shuffle)
     return write_images(images, images.digest(), source, out, options)
 
 
@@ -93,7 +97,7 @@ def write_images(
     digest: str,
     source: str,
     out: str,
-    options: _Options = _Options(10_000, 256_000_000, None),
+    options: ShardOptions = ShardOptions(),
 ) -> DatasetIndex:
     """Write a source that was listed, and whose digest is known; see :func:`write_shards`."""
     folder = storage.absolute(out)
@@ -119,7 +123,7 @@ def _lock(folder: str) -> AbstractContextManager[None]:
     return nullcontext() if storage.is_remote(folder) else storage.locked(storage.join(folder, _LOCK_NAME))
 
 
-def _write(images: ImageSource, folder: str, record: dict[str, Any], options: _Options) -> DatasetIndex:
+def _write(images: ImageSource, folder: str, record: dict[str, Any], options: ShardOptions) -> DatasetIndex:
     """Write shards and index into a folder that is locked."""
     shards = _start(folder, record)
     if images.num_skipped:
@@ -231,7 +235,7 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[Shard], options: _Options) -> None:
+def _write_all(images: ImageSource, order: list[int], folder: str, shards: list[Shard], options: ShardOptions) -> None:
     """Write the samples in the given order, after those of the shards that are there."""
     written = sum(shard.rows for shard in shards)
     with (
@@ -277,6 +281,13 @@ def _ahead(pool: ThreadPoolExecutor, images: ImageSource, order: list[int]) -> I
         yield pending.popleft().result()
 
 
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :class:`ShardOptions` to a command line."""
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
+    parser.add_argument("--bytes-per-shard", type=int, default=256_000_000, metavar="N")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the samples (default: the source's order)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write shards from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -284,9 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", help="folder of images, flat or one subfolder per class; .csv/.jsonl list; or tars")
     parser.add_argument("out", help="new folder for the shards, local or s3://")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
-    parser.add_argument("--bytes-per-shard", type=int, default=256_000_000, metavar="N")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the samples (default: sorted order)")
+    add_shard_options(parser)
     start_logging()
     options = parser.parse_args(arguments)
 

@@ -30,6 +30,9 @@ def test_every_image_and_label(tmp_path: Path) -> None:
         assert reader.name(4) == "shard-000002.tar:000004"
         assert reader.member_name(4) == "000004.jpg"
         assert reader.labels().dtype == np.int64
+        counts = list[int]()
+        reader.labels(counts.append)
+        assert counts == [3, 1, 5]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

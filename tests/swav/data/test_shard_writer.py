@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from swav.data.scan import ROW_DTYPE, scan
-from swav.data.shard_writer import Sample, write_shard
+from swav.data.shard_writer import KEY_NAME_LENGTH, Sample, key_name, write_shard
 from swav.storage import open_file
 
 SAMPLES: list[Sample] = [
@@ -29,3 +29,17 @@ def test_a_shard_ends_at_its_samples_or_its_bytes(end: int, num_bytes: int, expe
     samples = iter(SAMPLES)
     assert len(list(write_shard(io.BytesIO(), samples, 7, end, num_bytes))) == expected
     assert len(list(samples)) == 3 - expected  # none is taken and dropped
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("n01440764/n01440764_10026", "n01440764_n01440764_10026"),
+        ("a b/c.v2", "a_b_c_v2"),
+        ("000000012-dog_a", "dog_a"),  # of an earlier key
+        ("x" + "y" * 60, "y" * 60),
+    ],
+)
+def test_what_a_key_says_of_a_path(stem: str, expected: str) -> None:
+    assert key_name(stem) == expected
+    assert len(expected) <= KEY_NAME_LENGTH

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,12 +24,14 @@ def above_bars() -> AbstractContextManager[Any]:
 
 
 def progress_bar(**settings: Any) -> "tqdm[Any]":
-    """A progress bar of tqdm's; as JSON, a record every 15 s at most.
+    """A progress bar of tqdm's, every 15 s at most where nobody watches; as JSON, records as often.
 
     Args:
         settings: of tqdm.
     """
-    return _LoggedBar(**settings) if is_json() else tqdm(**settings)
+    if is_json():
+        return _LoggedBar(**settings)
+    return tqdm(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else _BAR_EVERY_SECONDS, **settings)
 
 
 class _LoggedBar(tqdm):  # type: ignore[type-arg]

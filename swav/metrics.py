@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Generator, Iterator
 from types import TracebackType
@@ -116,9 +115,7 @@ class Report:
             desc=config.name,
             unit=" images",
             unit_scale=True,
-            dynamic_ncols=True,
             disable=rank() != 0,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         self._pending: tuple[int, Tensor] | None = None
         self._begin_window(step)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from typing import Self
@@ -93,9 +92,7 @@ class Report:
             desc=protocol.name,
             unit=" images",
             unit_scale=True,
-            dynamic_ncols=True,
             disable=rank() != 0,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         self._log_every_steps = protocol.runtime.log_every_steps
         self._since = time.monotonic()

@@ -40,3 +40,9 @@ def test_a_bar_says_how_far_it_is_by_records() -> None:
 
 def test_a_bar_is_a_bar_for_a_person() -> None:
     assert "4/4" in said(SWAV_LOG_FORMAT="").rpartition("\r")[2]
+
+
+def test_a_bar_that_nobody_watches_is_drawn_rarely() -> None:
+    drawn = said().split("\r")
+    assert [line for line in drawn if " 25%" in line or " 50%" in line or " 75%" in line] == []
+    assert "100%" in drawn[-1]

@@ -96,6 +96,15 @@ def test_the_shell_reads_nothing_but_words(tmp_path: Path) -> None:
     [
         ("pretrain", "--recipe demo --output s3://bucket/run -j 1:2x1"),
         ("knn", "--backbone s3://bucket/run/backbone.pt --train s3://bucket/a --output s3://bucket/run/knn.json"),
+        (
+            "linear",
+            "--recipe linear_imagenet --backbone s3://bucket/run/backbone.pt --train s3://bucket/a --test s3://bucket/b"
+            " --output s3://bucket/run/linear.json -j 1x8 learning_rates=[0.1,0.3]",
+        ),
+        (
+            "evaluate",
+            "--backbone s3://bucket/run/backbone.pt --data s3://bucket/data --output s3://bucket/run/paper.json",
+        ),
     ],
 )
 def test_torchx_makes_the_job_that_is_waited_for(tmp_path: Path, component: str, arguments: str) -> None:

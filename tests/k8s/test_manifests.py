@@ -279,14 +279,15 @@ def test_driver_starts_a_run_that_is_not_refused() -> None:
     (pod,) = pods("driver")
     container = pod["spec"]["containers"][0]
     parser = argparse.ArgumentParser()
-    for name in ("run", "scheduler", "pretrain", "evaluate"):
+    for name in ("run", "scheduler", "pretrain"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--evaluate", required=True, action="append")
     options = parser.parse_args(container["args"])
     run = options.run.replace("$(SWAV_RUNS)", "s3://bucket/runs")
-    plan = make_plan(run, "pretrain", options.pretrain, assign=None, evaluations=[options.evaluate])
+    plan = make_plan(run, "pretrain", options.pretrain, assign=None, evaluations=options.evaluate)
     assert container["command"] == ["python", "-m", "swav_components.driver"]
     assert options.scheduler == "kubernetes"
-    assert len(plan.steps) == 2
+    assert [step.key for step in plan.steps] == ["pretrain", "knn-1", "svm-1", "linear-1", "finetune-1"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

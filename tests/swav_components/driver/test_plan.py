@@ -35,6 +35,46 @@ def test_jobs_are_told_where_the_runs_files_are() -> None:
     assert f"--output {RUN}/evaluations/knn-1.json" in " ".join(evaluator.args)
 
 
+EVALUATIONS = {
+    "linear": "--recipe linear_imagenet --train s3://b/x --test s3://b/y -j 2x8 learning_rates=[0.1,0.3]",
+    "finetune": "--recipe semisup_10pct --train s3://b/x --test s3://b/y subset.names=s3://b/10percent.txt",
+    "lowshot": "--recipe lowshot_13 --train s3://b/x --test s3://b/y",
+    "svm": "--train s3://b/voc07/trainval --test s3://b/voc07/test",
+    "knn": "--train s3://b/x -k 5",
+    "evaluate": "--data s3://b/labelled -j 1x8",
+}
+
+
+@pytest.mark.parametrize("component", EVALUATIONS)
+def test_every_evaluation_is_a_step_of_a_run(component: str) -> None:
+    (_, step) = _plan("--recipe demo", f"{component} {EVALUATIONS[component]}").steps
+    assert (step.key, step.needs, step.manifest) == (
+        f"{component}-1",
+        ("pretrain",),
+        f"evaluations/{component}-1.json",
+    )
+    for role in app_of(step, "a").roles:
+        said = " ".join(role.args)
+        assert f"--backbone '{RUN}/backbone.pt'" in said or f"--backbone {RUN}/backbone.pt" in said
+        assert f"{RUN}/{step.manifest}" in said
+
+
+def test_all_evaluations_fan_out_from_one_pretraining() -> None:
+    plan = _plan("--recipe demo", *(f"{component} {words}" for component, words in EVALUATIONS.items()))
+    assert [step.key for step in plan.steps[1:]] == [f"{component}-1" for component in EVALUATIONS]
+    assert {step.needs for step in plan.steps[1:]} == {("pretrain",)}
+    noted = [step.command for step in plan.steps]  # what another driver makes the same plan from
+    assert _plan(noted[0].partition(" ")[2], *noted[1:]) == plan
+
+
+@pytest.mark.parametrize("run", ["s3://b/imagenet-1", "s3://b/" + "long-name-" * 20])
+def test_pods_of_all_parts_have_names_that_fit(run: str) -> None:
+    evaluations = [f"evaluate {EVALUATIONS['evaluate']}"] * 9
+    plan = make_plan(run, "pretrain", "--recipe demo", assign=None, evaluations=evaluations)
+    for step in plan.steps:
+        check_names(app_of(step, plan.job_name(step, 99)), run)
+
+
 def test_names_are_the_same_for_the_same_run_and_no_other() -> None:
     plan = _plan("--recipe demo", "knn --train s3://b/x")
     names = [plan.job_name(plan.steps[1], number) for number in (1, 2, 10)]
@@ -85,6 +125,13 @@ def test_an_offline_method_has_an_assigner_beside_it_or_in_its_job() -> None:
         ("--recipe demo", None, ["knn"], "required: --train"),
         ("--recipe demo", None, ["knn --train x --output y"], "leave --output out"),
         ("--recipe demo", None, ["knn --train x --backbone y"], "leave --backbone out"),
+        ("--recipe demo", None, ["linear --train x --test y"], "required: --recipe"),
+        ("--recipe demo", None, ["linear --recipe linear_imagenet --train x"], "required: --test"),
+        ("--recipe demo", None, ["linear --recipe svm_voc07 --train x --test y"], "svm_voc07 is not one of this"),
+        ("--recipe demo", None, ["svm --train x --test y costs=[]"], "SVMs need costs"),
+        ("--recipe demo", None, ["evaluate"], "required: --data"),
+        ("--recipe demo", None, ["evaluate --data x --protocols knm"], "unknown protocol 'knm'"),
+        ("--recipe demo", None, ["evaluate --data x -j 1:2x8"], "so say how many, e.g. -j 2x8"),
         ("--recipe demo", None, ["assign"], "choose from"),
         ("--recipe demo", None, ["_"], "no component"),
     ],

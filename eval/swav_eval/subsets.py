@@ -20,7 +20,7 @@ from swav.bars import progress_bar
 from swav.data.index import DatasetIndex
 from swav.data.reader import ShardReader
 from swav.watchdog import progress
-from swav_eval.config import SubsetConfig
+from swav_eval.config import EvaluationRuntime, SubsetConfig
 from swav_eval.name_list import NameList
 
 _BLOCK_ROWS = 1 << 16  # draws at a time
@@ -41,7 +41,9 @@ class Subset:
     facts: dict[str, Any]
 
 
-def choose_subset(index: DatasetIndex, config: SubsetConfig, *, seed: int, num_classes: int) -> Subset:
+def choose_subset(
+    index: DatasetIndex, config: SubsetConfig, *, seed: int, num_classes: int, runtime: EvaluationRuntime | None = None
+) -> Subset:
     """Choose images.
 
     By seed, the labels of all samples are read; by names, the headers of all images, and the labels of the chosen ones.
@@ -52,22 +54,25 @@ def choose_subset(index: DatasetIndex, config: SubsetConfig, *, seed: int, num_c
         config: what is asked for.
         seed: of the draw; names need none.
         num_classes: labels are 0 to num_classes - 1, and each class has images.
+        runtime: how shards of a store are read.
 
     Raises:
         ValueError: a sample has no label or one outside these; a class has too few images; or a name of the list is
             unknown, ambiguous, or listed twice.
         RuntimeError, OSError: a shard or the list cannot be read.
     """
-    if config.names is None:
-        labels = _all_labels(index, num_classes)
-        counts = np.bincount(labels, minlength=num_classes)
-        wanted = _wanted(index, config, counts)
-        ids = _smallest_of_each_class(labels, counts, wanted, rng.key(seed, "labelled subset"))
-        how = {"per_class": config.per_class} if config.fraction is None else {"fraction": config.fraction}
-        return _subset(ids, labels[ids], {"chosen": "by seed", **how, "seed": seed})
-    url = storage.absolute(config.names)
-    ids, labels = _by_names(index, url, num_classes)
-    return _subset(ids, labels, {"chosen": "by names", "names": url})
+    runtime = EvaluationRuntime() if runtime is None else runtime
+    with ShardReader(index, fetch_bytes=runtime.fetch_bytes, cache_bytes=runtime.cache_bytes) as reader:
+        if config.names is not None:
+            url = storage.absolute(config.names)
+            ids, labels = _by_names(reader, url, num_classes)
+            return _subset(ids, labels, {"chosen": "by names", "names": url})
+        labels = _all_labels(reader, num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    wanted = _wanted(index, config, counts)
+    ids = _smallest_of_each_class(labels, counts, wanted, rng.key(seed, "labelled subset"))
+    how = {"per_class": config.per_class} if config.fraction is None else {"fraction": config.fraction}
+    return _subset(ids, labels[ids], {"chosen": "by seed", **how, "seed": seed})
 
 
 def hold_out(num_samples: int, fraction: float, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -123,20 +128,18 @@ def _smallest_of_each_class(
     return np.sort(order[rank < np.repeat(wanted, counts)])
 
 
-def _all_labels(index: DatasetIndex, num_classes: int) -> NDArray[np.int64]:
-    with (
-        ShardReader(index) as reader,
-        progress_bar(total=index.num_samples, desc="reading labels", unit="image", delay=0.5) as bar,
-    ):
+def _all_labels(reader: ShardReader, num_classes: int) -> NDArray[np.int64]:
+    total = reader.index.num_samples
+    with progress_bar(total=total, desc="reading labels", unit="image", delay=0.5) as bar:
 
         def done(more: int) -> None:
             bar.update(more)
             progress()
 
         labels = reader.labels(done)
-        wrong = (labels < 0) | (labels >= num_classes)
-        if wrong.any():
-            _refuse_label(reader, int(wrong.argmax()), int(labels[wrong.argmax()]), num_classes)
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        _refuse_label(reader, int(wrong.argmax()), int(labels[wrong.argmax()]), num_classes)
     return labels
 
 
@@ -177,28 +180,27 @@ def _class_name(index: DatasetIndex, label: int) -> str:
     return f" ({names[label]})" if label < len(names) else ""
 
 
-def _by_names(index: DatasetIndex, url: str, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _by_names(reader: ShardReader, url: str, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The ids and labels of the images that a list names, rising by id."""
     names = NameList(url)
     chosen: dict[str, list[int]] = defaultdict(list)
-    with ShardReader(index) as reader:
-        for sample_id, path in _member_names(reader):
-            name = names.match(path)
-            if name is not None:
-                chosen[name].append(sample_id)
-        _refuse_unmatched(url, index, names, chosen, reader)
-        ids = np.array(sorted(found[0] for found in chosen.values()), dtype=np.int64)
-        labels = np.empty(len(ids), dtype=np.int64)
-        for number, sample_id in enumerate(ids.tolist()):
-            if number % _AHEAD_ROWS == 0:
-                reader.prefetch(ids[number : number + 2 * _AHEAD_ROWS])
-                progress()
-            label = reader.label(sample_id)
-            if label is None:
-                raise ValueError(f"{reader.name(sample_id)} has no label (.cls), and {url} names it for training")
-            if not 0 <= label < num_classes:
-                _refuse_label(reader, sample_id, label, num_classes)
-            labels[number] = label
+    for sample_id, path in _member_names(reader):
+        name = names.match(path)
+        if name is not None:
+            chosen[name].append(sample_id)
+    _refuse_unmatched(url, names, chosen, reader)
+    ids = np.array(sorted(found[0] for found in chosen.values()), dtype=np.int64)
+    labels = np.empty(len(ids), dtype=np.int64)
+    for number, sample_id in enumerate(ids.tolist()):
+        if number % _AHEAD_ROWS == 0:
+            reader.prefetch(ids[number : number + 2 * _AHEAD_ROWS])
+            progress()
+        label = reader.label(sample_id)
+        if label is None:
+            raise ValueError(f"{reader.name(sample_id)} has no label (.cls), and {url} names it for training")
+        if not 0 <= label < num_classes:
+            _refuse_label(reader, sample_id, label, num_classes)
+        labels[number] = label
     return ids, labels
 
 
@@ -215,20 +217,19 @@ def _member_names(reader: ShardReader) -> Iterator[tuple[int, str]]:
             progress()
 
 
-def _refuse_unmatched(
-    url: str, index: DatasetIndex, names: NameList, chosen: dict[str, list[int]], reader: ShardReader
-) -> None:
+def _refuse_unmatched(url: str, names: NameList, chosen: dict[str, list[int]], reader: ShardReader) -> None:
+    folder = reader.index.folder
     unknown = [name for name in names.lines if name not in chosen]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(names.lines)} names in {url} are of no image in {index.folder}: "
+            f"{len(unknown)} of the {len(names.lines)} names in {url} are of no image in {folder}: "
             f"{_some(unknown)}. A name is matched by its last part without extension, and by its folders where it has "
             f"any; an image there is {reader.member_name(0)}"
         )
     ambiguous = [f"{name} ({_some([reader.name(i) for i in found])})" for name, found in chosen.items() if found[1:]]
     if ambiguous:
         raise ValueError(
-            f"{len(ambiguous)} of the names in {url} are of several images in {index.folder}: {_some(ambiguous)}; "
+            f"{len(ambiguous)} of the names in {url} are of several images in {folder}: {_some(ambiguous)}; "
             "write them with the folders of the images"
         )
 

@@ -17,8 +17,9 @@ from swav_testing.shards import write_dataset, write_tar
 
 from swav import watchdog
 from swav.data.index import DatasetIndex, build_index, open_index
+from swav.data.reader import ShardReader
 from swav.data.write_shards import write_shards
-from swav_eval.config import SubsetConfig
+from swav_eval.config import EvaluationRuntime, SubsetConfig
 from swav_eval.subsets import Subset, choose_subset, hold_out
 
 SIZES = {"cat": 40, "dog": 25, "eel": 10}  # images of each class
@@ -110,7 +111,7 @@ def test_labels_need_not_be_sorted(tmp_path: Path) -> None:
 PROGRAM = """
 import os, sys, torch.distributed as dist
 from swav.data.index import open_index
-from swav_eval.config import SubsetConfig
+from swav_eval.config import EvaluationRuntime, SubsetConfig
 from swav_eval.subsets import choose_subset, hold_out
 dist.init_process_group("gloo")
 subset = choose_subset(open_index(sys.argv[1]), SubsetConfig(per_class=5), seed=31, num_classes=3)
@@ -234,6 +235,25 @@ def test_shards_of_a_store(photos: Path, index: DatasetIndex, tmp_path: Path, mo
         assert (named.ids.tolist(), named.facts["names"]) == ([7, 51], "s3://bucket/list.txt")
         with pytest.raises(ValueError, match=r"class 2 \(eel\) of s3://bucket/photos has 10 images"):
             _choose(remote, per_class=11)
+
+
+@pytest.mark.parametrize("config", [{"per_class": 1}, {"names": "cat_00"}])
+def test_shards_are_read_as_the_runtime_says(
+    index: DatasetIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    given = list[dict[str, int]]()
+
+    def reader(index: DatasetIndex, **settings: int) -> ShardReader:
+        given.append(settings)
+        return ShardReader(index, **settings)
+
+    monkeypatch.setattr("swav_eval.subsets.ShardReader", reader)
+    if "names" in config:
+        (tmp_path / "names.txt").write_text(config["names"])
+        config = {"names": str(tmp_path / "names.txt")}
+    runtime = EvaluationRuntime(fetch_bytes=7, cache_bytes=8)
+    choose_subset(index, SubsetConfig(**config), seed=0, num_classes=3, runtime=runtime)
+    assert given == [{"fetch_bytes": 7, "cache_bytes": 8}]
 
 
 @given(st.integers(2, 3000), st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(0, 9))

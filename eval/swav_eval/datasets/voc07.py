@@ -101,6 +101,8 @@ def _from_folder(folder: str, split: str) -> Split:
 
 
 def _from_tar(url: str, split: str) -> Split:
+    if storage.stat(url) is None:
+        raise ValueError(f"there is no {url}; a folder or a tar of Pascal VOC was expected")
     file = storage.open_file(url)
     members = {member.name: member for member in tar.walk(Windows(file))}
     suffix = _list_of("", split)

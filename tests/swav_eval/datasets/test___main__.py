@@ -124,6 +124,9 @@ def test_a_store_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         server.make_bucket("bucket")
         source = write_tar(tmp_path / "voc.tar", voc_files().items())
         assert main(["voc07", str(source), "s3://bucket/voc", "--split", "trainval"]) == 0
+        server.put("bucket", "voc.tar", source.read_bytes())
+        assert main(["voc07", "s3://bucket/voc.tar", "s3://bucket/again", "--split", "trainval"]) == 0
+        assert server.get("bucket", "again/shard-000000.tar") == server.get("bucket", "voc/shard-000000.tar")
         assert server.get("bucket", "voc/classes.txt").startswith(b"aeroplane\nbicycle\n")
         with ShardReader(open_index("s3://bucket/voc")) as reader:
             assert json.loads(reader.member(0, "json") or b"") == {"present": ["chair"], "difficult": ["person"]}

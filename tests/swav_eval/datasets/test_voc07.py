@@ -114,6 +114,8 @@ def test_a_missing_split_is_refused_with_those_that_are_there(tmp_path: Path) ->
             open_split(str(source), "test")
     with pytest.raises(ValueError, match="it has no split; Pascal VOC's folder or tar was expected"):
         open_split(str(tmp_path), "test")
+    with pytest.raises(ValueError, match=r"there is no .*none\.tar; a folder or a tar of Pascal VOC"):
+        open_split(str(tmp_path / "none.tar"), "test")
 
 
 def test_a_tar_of_two_data_sets_is_refused(tmp_path: Path) -> None:

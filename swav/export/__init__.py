@@ -1,0 +1,1 @@
+"""Backbones in the formats of others, each tried there before it is kept."""

@@ -1,7 +1,4 @@
 import hashlib
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from swav_testing.public_data import write_files
-from swav_testing.runs import ROOT
+from swav_testing.ranks import run_ranks
 from swav_testing.s3 import moto_server
 from swav_testing.shards import write_dataset, write_tar
 
@@ -108,31 +105,13 @@ def test_labels_need_not_be_sorted(tmp_path: Path) -> None:
     assert np.bincount(subset.ids % 3).tolist() == [4, 4, 4]
 
 
-PROGRAM = """
-import os, sys, torch.distributed as dist
-from swav.data.index import open_index
-from swav_eval.config import EvaluationRuntime, SubsetConfig
-from swav_eval.subsets import choose_subset, hold_out
-dist.init_process_group("gloo")
-subset = choose_subset(open_index(sys.argv[1]), SubsetConfig(per_class=5), seed=31, num_classes=3)
-found = [None] * dist.get_world_size()
-dist.all_gather_object(found, (subset.facts["ids_sha256"], hold_out(75, 0.1, seed=31)[1].tolist()))
-assert all(one == found[0] for one in found)
-print(found[0], flush=True) if dist.get_rank() == 0 else None
-dist.destroy_process_group()
-"""
+def _on_a_rank(folder: str) -> tuple[str, list[int]]:
+    subset = _choose(open_index(folder), per_class=5)
+    return subset.facts["ids_sha256"], hold_out(75, 0.1, seed=31)[1].tolist()
 
 
-def test_every_rank_of_any_number_chooses_the_same(index: DatasetIndex, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    done = subprocess.run(
-        [*launch, "2", str(tmp_path / "program.py"), index.folder], env=variables, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    here = (_choose(index, per_class=5).facts["ids_sha256"], hold_out(75, 0.1, seed=31)[1].tolist())
-    assert str(here) in done.stdout
+def test_every_rank_of_any_number_chooses_the_same(index: DatasetIndex) -> None:
+    assert run_ranks(2, _on_a_rank, index.folder) == [_on_a_rank(index.folder)] * 2
 
 
 def test_progress_is_said_while_labels_and_names_are_read(

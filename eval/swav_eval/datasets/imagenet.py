@@ -2,13 +2,15 @@
 
 SOURCE holds ``train/n01440764/*.JPEG`` and ``val/n01440764/*.JPEG``, or in place of either ``ILSVRC2012_img_train.tar``
 (a tar of one tar per class) and ``ILSVRC2012_img_val.tar`` (flat). The latter's labels come from the development kit,
-``ILSVRC2012_devkit_t12.tar.gz`` or the folder ``ILSVRC2012_devkit_t12`` in it. A label is the place of the class's
+``ILSVRC2012_devkit_t12.tar.gz``. A label is the place of the class's
 WordNet id among the sorted ids. Samples and their order are the same from folders and from archives.
 """
 
+import gzip
 import logging
 import re
 import tarfile
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -203,15 +205,15 @@ def _wordnet_ids(folder: str) -> dict[int, str]:
 
 
 def _devkit_file(folder: str, name: str) -> tuple[str, bytes]:
-    """The url and the content of a file of the development kit, unpacked or not."""
-    unpacked = storage.join(folder, _DEVKIT)
-    if storage.stat(url := storage.join(unpacked, "data", name)) is not None:
-        return url, storage.read(url)
+    """The url and the content of a file of the development kit.
+
+    It is read from the archive alone, whose checksum is verified: loadmat may crash the process on a damaged file.
+    """
     packed = storage.join(folder, f"{_DEVKIT}.tar.gz")
     data = read_named(packed, remedy="the labels of ImageNet's validation images come from its development kit")
     try:
-        with tarfile.open(fileobj=BytesIO(data), mode="r:gz") as archive:
+        with tarfile.open(fileobj=BytesIO(gzip.decompress(data)), mode="r:") as archive:
             file = archive.extractfile(f"{_DEVKIT}/data/{name}")
             return f"{packed}:{name}", b"" if file is None else file.read()
-    except (KeyError, EOFError, OSError, tarfile.TarError) as error:
+    except (KeyError, EOFError, OSError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{packed} cannot be read as the development kit ({error}); download it again") from error

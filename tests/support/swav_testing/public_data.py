@@ -71,7 +71,7 @@ def meta_mat(ids: tuple[tuple[str, int, int], ...] = DEVKIT_IDS) -> bytes:
 
 
 def devkit(ids: tuple[tuple[str, int, int], ...] = DEVKIT_IDS, truth: tuple[int, ...] = TRUTH) -> dict[str, bytes]:
-    """The development kit's files."""
+    """The development kit's files that labels come from."""
     root = "ILSVRC2012_devkit_t12/data"
     return {
         f"{root}/meta.mat": meta_mat(ids),
@@ -89,8 +89,12 @@ def imagenet_archives(folder: Path) -> Path:
     write_tar(folder / "ILSVRC2012_img_train.tar", classes)
     flat = sorted((name.rpartition("/")[2], data) for name, data in val_images().items())
     write_tar(folder / "ILSVRC2012_img_val.tar", reversed(flat))
-    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar_bytes(devkit().items())))
-    return folder
+    return write_devkit(folder, devkit())
+
+
+def write_devkit(folder: Path, files: dict[str, bytes]) -> Path:
+    """The development kit's archive."""
+    return write_files(folder, [("ILSVRC2012_devkit_t12.tar.gz", gzip.compress(tar_bytes(files.items())))])
 
 
 def voc_annotation(*objects: tuple[str, int]) -> bytes:

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from swav import checkpoint, rng
 from swav.checkpoint import CheckpointWriter
 from swav.data.batch import NO_LABEL
-from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, rank
+from swav.distributed import all_reduce_max, all_reduce_sum, any_rank, barrier, rank, world_size
 from swav.methods.base import autocast
 from swav.optim.schedule import cosine_factor, steps_factor
 from swav.program import Stopped, stop_on_signals
@@ -187,11 +187,11 @@ def train_step(state: TrainState, batch: LabelledBatch, *, factor: float, precis
     )
     losses_H = losses_H / batch.global_size
     state.scaler.scale(losses_H.sum()).backward()
-    labelled = (batch.labels != NO_LABEL).sum() / batch.global_size
-    totals = torch.cat([losses_H.detach(), labelled.to(losses_H.dtype)[None]])
+    num_labelled = (batch.labels != NO_LABEL).sum()
+    totals = torch.cat([losses_H.detach(), num_labelled.to(losses_H.dtype)[None]])
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     _sum_over_ranks([totals, *gradients])
-    labelled_share = totals[-1].clamp(min=torch.finfo(totals.dtype).tiny)  # where no image has a label all is zero
+    labelled_share = totals[-1].clamp(min=1) / batch.global_size  # where no image has a label, all gradients are zero
     torch._foreach_div_(gradients, labelled_share)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -202,6 +202,8 @@ def train_step(state: TrainState, batch: LabelledBatch, *, factor: float, precis
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
     """Sum over ranks in place, all in one collective."""
+    if world_size() == 1:
+        return
     flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))

@@ -37,7 +37,9 @@ def carry_out(job: Job[FinetuneProtocol]) -> Outcome:
     protocol, test = job.protocol, job.test
     assert test is not None
     check_labels(test, protocol)
-    subset = choose_subset(job.train, protocol.subset, seed=protocol.seed, num_classes=protocol.num_classes)
+    subset = choose_subset(
+        job.train, protocol.subset, seed=protocol.seed, num_classes=protocol.num_classes, runtime=protocol.runtime
+    )
     trunk = _trunk(job)
     classifier = Classifier(
         trunk, trunk.num_features, protocol.num_classes, num_heads=1, seed=protocol.seed, is_frozen=False

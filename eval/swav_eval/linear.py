@@ -166,6 +166,10 @@ def _features(
     job: Job[LinearProtocol], test: DatasetIndex, learned: NDArray[np.int64], held_out: NDArray[np.int64]
 ) -> _Material:
     protocol = job.protocol
+    if job.work is None and world_size() > 1:
+        raise ValueError(
+            f"with augment=false, {world_size()} ranks share the features through a folder; give --output or --work"
+        )
     stored = {name: _extracted(job, index, name) for name, index in (("train", job.train), ("test", test))}
     ids, labels, values = stored["train"].all_ids(), stored["train"].all_labels(), stored["train"].mapped()
     check_num_broken(stored["train"].num_broken, job.train.num_samples, protocol)

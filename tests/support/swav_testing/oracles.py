@@ -111,3 +111,29 @@ def knn_predict(train: Array, labels: Any, test: Array, k: int, temperature: flo
             votes[int(labels[i])] = votes.get(int(labels[i]), 0.0) + math.exp(similarity[i] / temperature)
         predictions.append(max(sorted(votes), key=lambda label: votes[label]))
     return predictions
+
+
+def classifier_steps(
+    weight: Array,
+    bias: Array,
+    batches: list[tuple[Array, Any]],
+    *,
+    rates: list[float],
+    momentum: float,
+    decay: float,
+) -> tuple[Array, Array]:
+    """Softmax regression by SGD with momentum: weight [C, D], bias [C] after batches of (features [B, D], labels)."""
+    velocity_w, velocity_b = np.zeros_like(weight), np.zeros_like(bias)
+    for (features, labels), rate in zip(batches, rates, strict=True):
+        gradient_w, gradient_b = decay * weight, decay * bias
+        for row, label in zip(features, labels, strict=True):
+            scores = weight @ row + bias
+            errors = np.exp(scores - scores.max())
+            errors = errors / errors.sum()
+            errors[label] -= 1.0
+            gradient_w = gradient_w + np.outer(errors, row) / len(labels)
+            gradient_b = gradient_b + errors / len(labels)
+        velocity_w = momentum * velocity_w + gradient_w
+        velocity_b = momentum * velocity_b + gradient_b
+        weight, bias = weight - rate * velocity_w, bias - rate * velocity_b
+    return weight, bias

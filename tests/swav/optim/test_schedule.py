@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from swav.optim.schedule import warmup_cosine
+from swav.optim.schedule import cosine_factor, steps_factor, warmup_cosine
 
 PAPER = {"start_lr": 0.0, "base_lr": 4.8, "final_lr": 0.0048}
 
@@ -37,3 +37,15 @@ def test_a_run_of_warm_up_only_is_possible() -> None:
 
 def test_the_cosine_tends_to_the_final_rate() -> None:
     assert warmup_cosine(100, num_steps=100, warmup_steps=10, **PAPER) == pytest.approx(0.0048, abs=1e-12)
+
+
+def test_a_cosine_falls_from_one_to_zero() -> None:
+    expected = 0.5 * (1 + np.cos(np.pi * np.arange(500) / 500))
+    np.testing.assert_allclose([cosine_factor(step, num_steps=500) for step in range(500)], expected, atol=1e-15)
+    assert cosine_factor(0, num_steps=500) == 1.0
+    assert cosine_factor(500, num_steps=500) == 0.0
+
+
+def test_a_rate_drops_at_the_named_steps_and_stays() -> None:
+    found = [steps_factor(step, drops=[3, 5, 6], factor=0.1) for step in range(9)]
+    np.testing.assert_allclose(found, [1, 1, 1, 0.1, 0.1, 0.01, 0.001, 0.001, 0.001], rtol=1e-15)

@@ -90,9 +90,11 @@ def table(
         ComponentValidationException: a protocol or a setting is refused, or the number of nodes is left open.
     """
     check_fixed(j, "a job is done when so many pods have ended well, of whichever protocol")
-    names = list(protocols or STANDARD)
-    if len(set(names)) < len(names):
-        raise ComponentValidationException(f"--protocols {','.join(names)}: one of them is there twice")
+    names = list(STANDARD if protocols is None else protocols)
+    if not names or len(set(names)) < len(names):
+        raise ComponentValidationException(
+            f"--protocols {','.join(names) or repr('')}: give at least one, and each once, e.g. knn,linear_imagenet"
+        )
     words = [word for name, url in files.items() for word in option(name, url)]
     words += [*option("pretraining", _known(pretraining)), *option("protocols", *names)]
     settings = list(overrides)

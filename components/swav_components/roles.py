@@ -150,6 +150,8 @@ def on_nodes(role: ProgramRole, j: str, *, options: str = "", port: int = RENDEZ
         min_nodes, max_nodes, num_processes, nodes = dist.parse_nnodes(j)
     except ValueError as error:
         raise ComponentValidationException(str(error)) from error
+    if not 1 <= min_nodes <= max_nodes or num_processes < 1:
+        raise ComponentValidationException(f"-j {j}: at least one process on one node, and the fewest nodes first")
     if max_nodes == num_processes == 1:
         return role
     launch = f"-m swav.elastic --nnodes={nodes} --nproc-per-node={num_processes} {options}".rstrip()

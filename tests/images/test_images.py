@@ -127,7 +127,7 @@ def test_the_assigner_and_the_evaluation_work_on_a_run(
         docker.call("rm", "--force", trainer)
     command = ("python", "-m", "swav_eval.knn", "--backbone", "/shared/run/backbone.pt", "--train", "/data", "--k", "5")
     judged = json.loads(docker.call("run", *ALONE, *shared, images["eval"], *command).stdout)
-    assert judged["accuracy"].keys() == {"5"}
+    assert judged["metrics"].keys() == {"knn_5"}
 
 
 def test_the_evaluations_image_has_what_each_protocol_needs(docker: Engine, images: dict[str, str]) -> None:

@@ -181,7 +181,8 @@ def test_the_fan_out_runs_what_is_asked_for() -> None:
     ("protocols", "overrides", "said"),
     [
         (["knn_2"], (), "unknown protocol 'knn_2'; the nearest"),
-        (["knn", "knn"], (), "--protocols knn,knn: one of them is there twice"),
+        (["knn", "knn"], (), "--protocols knn,knn: give at least one, and each once"),
+        ([], (), "--protocols '': give at least one"),
         (["knn", "svm_voc07"], ("temperature=0.1",), "unknown setting 'temperature'"),
         (["knn", "svm_voc07"], ("knn:temperature=-1",), "a temperature above 0"),
         (["knn"], ("svm_voc07:num_folds=5",), "svm_voc07 is not asked for; leave it out, or add it to --protocols"),

@@ -218,6 +218,9 @@ def test_the_assigner_waits_as_long_as_is_said() -> None:
         ({"recipe": "dmo"}, "unknown recipe 'dmo'; the nearest of .* is 'demo'"),
         ({"recipe": "swav_r50_2x224_100ep"}, "give a folder of images or shards"),
         ({"recipe": "demo", "j": "two"}, "Invalid format"),
+        ({"recipe": "demo", "j": "0x1"}, "-j 0x1: at least one process on one node"),
+        ({"recipe": "demo", "j": "2x0"}, "-j 2x0: at least one process on one node"),
+        ({"recipe": "demo", "j": "4:2x8"}, "-j 4:2x8: .* the fewest nodes first"),
     ],
 )
 def test_job_that_cannot_run_is_refused_when_it_is_submitted(arguments: dict[str, str], said: str) -> None:

@@ -16,6 +16,7 @@ from swav.models.detectron2_names import from_detectron2
 
 _AFFINE = r"(weight|bias)"
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+_SHOWN = 100  # characters of a name, or of what is wrong with it
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _STATE_DICTS = ("state_dict", "model")  # where files keep the weights if not at the top
 # What else training scripts save that holds tensors, and that no backbone needs.
@@ -158,6 +159,6 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def of_many(names: list[str]) -> str:
-    """The first five of some names, and how many there are."""
-    shown = ", ".join(names[:5])
+    """The first five of some names, and how many there are; on one line, whatever they are."""
+    shown = ", ".join((name if name.isprintable() else repr(name))[:_SHOWN] for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,4 +1,7 @@
-"""Reads files of weights without running what they may hold: torch's, safetensors', and pickles of NumPy arrays."""
+"""Reads files of weights without running what they may hold: torch's, safetensors', and pickles of NumPy arrays.
+
+Damaged bytes make their decoders raise anything, assertions included, so every exception of one counts as damage.
+"""
 
 import argparse
 import io
@@ -7,47 +10,22 @@ import pickle
 import re
 import struct
 import zipfile
-import zlib
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from numpy._core.multiarray import scalar
-from safetensors import SafetensorError
+
+from swav.models.array_pickles import Dtype, ForbiddenError, Scalar, load_arrays
 
 _OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the number that files of torch before 1.6 begin with, pickled
 # Settings and figures that training scripts keep beside their weights: plain values, none of which runs anything.
 _PLAIN: list[Any] = [
     argparse.Namespace,
-    (scalar, "numpy.core.multiarray.scalar"),
-    (scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+    (Dtype, "numpy.dtype"),
+    (Scalar(), "numpy.core.multiarray.scalar"),
+    (Scalar(), "numpy._core.multiarray.scalar"),
 ]
-_ARRAYS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-}
 _PIECE_BYTES = 1 << 20
-_DAMAGE = (
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    OverflowError,
-    struct.error,
-)
 
 
 def parse(data: bytes) -> tuple[Any, dict[str, str]]:
@@ -82,7 +60,7 @@ def _check_sums(data: bytes) -> None:
                 with archive.open(part) as stream:
                     while part.CRC and stream.read(_PIECE_BYTES):
                         pass
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, *_DAMAGE) as error:
+    except Exception as error:
         raise ValueError(f"is cut or damaged ({first_line(error)}); copy it again") from error
 
 
@@ -99,7 +77,7 @@ def _torch(data: bytes) -> Any:
             "comes from, save its weights alone and give that file: "
             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         ) from error
-    except _DAMAGE as error:
+    except Exception as error:
         raise ValueError(
             f"is not a file of weights that torch can read ({first_line(error)}); copy it again"
         ) from error
@@ -111,46 +89,20 @@ def _safetensors(data: bytes) -> tuple[Any, dict[str, str]]:
         (header_bytes,) = struct.unpack_from("<Q", data)
         metadata: dict[str, str] = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
         return tensors, metadata
-    except (SafetensorError, *_DAMAGE) as error:
+    except Exception as error:
         raise ValueError(f"is not a whole safetensors file ({first_line(error)}); copy it again") from error
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and plain values, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS:
-            raise _ForbiddenError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-class _ForbiddenError(Exception):
-    """A pickle asks for something else."""
 
 
 def _arrays(data: bytes) -> Any:
     try:
-        content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except _ForbiddenError as error:
+        return load_arrays(data)
+    except ForbiddenError as error:
         raise ValueError(
             f"is a pickle that asks for {error}; of pickles only those of NumPy arrays are read (detectron2's .pkl), "
             "as others could run any code. Save the weights by torch.save, or as safetensors"
         ) from error
-    except (pickle.UnpicklingError, MemoryError, *_DAMAGE) as error:
+    except Exception as error:
         raise ValueError(f"is not a whole pickle of arrays ({first_line(error)}); copy it again") from error
-    return _with_tensors(content)
-
-
-def _with_tensors(value: Any) -> Any:
-    """The same with tensors in place of arrays."""
-    if isinstance(value, dict):
-        return {key: _with_tensors(item) for key, item in value.items()}
-    if not isinstance(value, np.ndarray | np.generic):
-        return value
-    try:
-        return torch.tensor(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"holds an array that is no tensor ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:

@@ -204,3 +204,9 @@ def test_what_is_not_a_backbone_to_the_last_tensor_is_refused(tmp_path: Path, ki
         load_backbone(tmp_path / "weights.pth")
     assert str(caught.value).startswith(f"{tmp_path / 'weights.pth'} ")
     assert len(str(caught.value)) < 700
+
+
+def test_names_from_a_file_do_not_break_the_line(tmp_path: Path) -> None:
+    torch.save({**small(), "a\nb": torch.zeros(1), "x" * 5000: torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"has beyond it 'a\\nb', x{100}\. Nothing"):
+        load_backbone(tmp_path / "weights.pth")

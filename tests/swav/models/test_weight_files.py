@@ -96,7 +96,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, kind: str) -> None:
 def test_tensors_in_a_plain_pickle_and_objects_in_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match=r"asks for torch\._utils\._rebuild_tensor_v2"):
         parse(pickle.dumps({"model": WEIGHTS}, protocol=2))
-    with pytest.raises(ValueError, match="an array that is no tensor"):
+    with pytest.raises(
+        ValueError, match=r"is not a whole pickle of arrays .ValueError: arrays of type 'O8' are not read"
+    ):
         parse(pickle.dumps({"model": np.array([{}], dtype=object)}))
 
 

@@ -237,7 +237,7 @@ def knn_accuracies(train: Features, test: Features | None, config: Neighbors) ->
         temperature=config.temperature,
         own_rows=own_rows,
     )
-    return {k: float((predicted == labels).float().mean()) for k, predicted in predictions.items()}
+    return {k: float((predicted == labels).double().mean()) for k, predicted in predictions.items()}
 
 
 def evaluate_backbone(

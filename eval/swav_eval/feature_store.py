@@ -31,6 +31,7 @@ from swav.distributed import (
     world_size,
 )
 from swav.features import centre_crops, normalized
+from swav.methods.base import autocast
 from swav.partition import share
 from swav.storage import Location, cache_folder, locked, open_atomic
 from swav.watchdog import progress
@@ -41,7 +42,6 @@ from swav_eval.rounds import in_rounds
 FORMAT = "swav.features/1"
 BLOCK_SAMPLES = 4096
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULT_RUNTIME = EvaluationRuntime()
 
 _logger = logging.getLogger(__name__)
@@ -198,7 +198,9 @@ def extract_features(  # noqa: PLR0913
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = BlockFolder(f"{name}-{digest}", index.num_samples, BLOCK_SAMPLES, folder)
     blocks = _found(place)
-    num_resumed = len(blocks)
+    num_resumed = int(all_reduce_sum(torch.tensor([len(blocks)])))
+    if num_resumed and rank() == 0:
+        _logger.info("%d of %d blocks of features of %s images are in %s", num_resumed, place.num_blocks, name, folder)
     was_training = backbone.training
     backbone.to(device).eval()
     with (
@@ -246,8 +248,11 @@ def _forward(
     """The features and labels of a batch of images [n, 3, crop, crop]."""
     if not len(ids):
         return Block(np.empty((0, 0), np.float32), ids, ids, num_broken)
-    with torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-        features = network(normalized(images, device)).float().cpu().numpy()
+    inputs = normalized(images, device)
+    if device.type == "cuda":
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with autocast(device, precision):
+        features = network(inputs).float().cpu().numpy()
     if not np.isfinite(features).all():
         raise RuntimeError(
             f"the network's features of {reader.name(int(ids[0]))} and its neighbours are not finite; use "
@@ -292,15 +297,12 @@ def _with_place(place: BlockFolder, blocks: list[Block], num_resumed: int) -> St
         ValueError: no rank has any.
     """
     dim = int(all_reduce_max(torch.tensor(max((block.features.shape[1] for block in blocks), default=0))))
-    counts = torch.zeros(world_size() + 2, dtype=torch.int64)
+    counts = torch.zeros(world_size() + 1, dtype=torch.int64)
     counts[rank()] = sum(len(block.ids) for block in blocks)
-    counts[-2] = sum(block.num_broken for block in blocks)
-    counts[-1] = num_resumed
-    *rows, num_broken, num_resumed = all_reduce_sum(counts).tolist()
+    counts[-1] = sum(block.num_broken for block in blocks)
+    *rows, num_broken = all_reduce_sum(counts).tolist()
     if not sum(rows):
         raise ValueError(f"none of the {num_broken} images to evaluate on can be decoded; mend or replace them")
-    if num_resumed and rank() == 0:
-        _logger.info("%d of %d blocks of features were in %s", num_resumed, place.num_blocks, place.folder)
     none = np.empty(0, np.int64)
     return StoredFeatures(
         ids=np.concatenate([none, *(block.ids for block in blocks)]),

@@ -100,16 +100,18 @@ def result_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str,
 
 
 def normalised(backbone: Path, folder: Path) -> tuple[eval_oracles.Array, list[int]]:
-    network = load_backbone(backbone).backbone
-    how: dict[str, Any] = {
-        "resize_px": 24,
-        "crop_px": 20,
-        "device": CPU,
-        "precision": "fp32",
-        "num_threads": 1,
-        "folder": None,
-    }
-    found = extract_features(network, open_dataset(str(folder)), backbone_sha256="", name="any", **how)
+    found = extract_features(
+        load_backbone(backbone).backbone,
+        open_dataset(str(folder)),
+        backbone_sha256="",
+        name="any",
+        resize_px=24,
+        crop_px=20,
+        device=CPU,
+        precision="fp32",
+        num_threads=1,
+        folder=None,
+    )
     rows = found.values.double().numpy()
     return rows / np.linalg.norm(rows, axis=1)[:, None], found.ids.tolist()
 

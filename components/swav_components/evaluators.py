@@ -1,15 +1,17 @@
 """The roles of evaluations: what each component runs, with settings that are checked where they are submitted."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torchx.specs.finder import ComponentValidationException
 
 from swav.recipes import get_recipe
 from swav_components.roles import RENDEZVOUS_PORT, Node, ProgramRole, check_fixed, on_nodes, option, program
 from swav_eval.config import FinetuneProtocol, KnnProtocol, LinearProtocol, Protocol, SvmProtocol
-from swav_eval.recipes import STANDARD, configure, protocol_names
+from swav_eval.recipes import STANDARD, configure, configure_all, protocol_names
+
+T = TypeVar("T")
 
 # By component: its program, and the kind of protocol that this carries out.
 _PROGRAMS: dict[str, tuple[str, type[Any]]] = {
@@ -48,7 +50,7 @@ def protocol(component: str, recipe: str, overrides: Iterable[str], *, files: Fi
     """
     settings = list(overrides)
     module, kind = _PROGRAMS[component]
-    found = configured(recipe, kind, settings)
+    found = _told(lambda: configure(recipe, kind, settings))
     if component == "lowshot" and not recipe.startswith("lowshot_"):
         own = [name for name in protocol_names(kind) if name.startswith("lowshot_")]
         raise ComponentValidationException(
@@ -99,13 +101,13 @@ def table(
     words += [*option("pretraining", _known(pretraining)), *option("protocols", *names)]
     settings = list(overrides)
     roles = []
-    for number, (name, own) in enumerate(by_protocol(names, settings).items()):
+    for number, (name, own) in enumerate(_told(lambda: configure_all(names, settings)).items()):
         role = program(
             "swav_eval.paper",
             [*words, "--part", name, *settings],
             node=node,
             kind="evaluator",
-            urls=files | _lists(configured(name, Protocol, own)),
+            urls=files | _lists(own),
         )
         role.name = name.replace("_", "")  # names an environment variable and a host, which take neither "-" nor "_"
         role.independent = True
@@ -113,38 +115,16 @@ def table(
     return roles
 
 
-def by_protocol(names: Iterable[str], overrides: Iterable[str]) -> dict[str, list[str]]:
-    """The settings of each protocol, from those of all and those of one.
-
-    Raises:
-        ComponentValidationException: settings of a protocol that is not asked for.
-    """
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for override in overrides:
-        name, colon, setting = override.partition(":")
-        if not (colon and name in protocol_names()):
-            for own in found.values():
-                own.append(override)
-        elif name in found:
-            found[name].append(setting)
-        else:
-            raise ComponentValidationException(
-                f"{override}: {name} is not asked for; leave it out, or add it to --protocols"
-            )
-    return found
-
-
-def configured(name: str, kind: Any, overrides: Iterable[str]) -> Protocol:
-    """The protocol that the program will build.
+def _told(build: Callable[[], T], said: str = "") -> T:
+    """What a program will build.
 
     Raises:
         ComponentValidationException: it would refuse it.
     """
     try:
-        found: Protocol = configure(name, kind, overrides)
+        return build()
     except ValueError as error:
-        raise ComponentValidationException(str(error)) from error
-    return found
+        raise ComponentValidationException(f"{said}{error}") from error
 
 
 def neighbours(numbers: Iterable[int] | None) -> list[str]:
@@ -159,8 +139,5 @@ def _lists(found: Protocol) -> dict[str, str | None]:
 
 def _known(pretraining: str | None) -> str | None:
     if pretraining is not None:
-        try:
-            get_recipe(pretraining)
-        except ValueError as error:
-            raise ComponentValidationException(f"--pretraining: {error}") from error
+        _told(lambda: get_recipe(pretraining), "--pretraining: ")
     return pretraining

@@ -22,8 +22,8 @@ class EvaluationRuntime:
     loader_threads: int = 0  # 0: the cores this rank may use
     fetch_bytes: int = 8_000_000  # of neighbouring samples, aimed at in one request to an object store
     cache_bytes: int = 0  # disk for what comes from an object store; 0: half of what is free
-    collective_timeout_seconds: float = 600.0  # rank 0 alone fits SVMs and writes results while others wait
-    stalled_after_seconds: float = 1800.0  # without a step or a block of features; the rank then ends
+    collective_timeout_seconds: float = 600.0  # rank 0 alone prepares data and writes results while others wait
+    stalled_after_seconds: float = 600.0  # without a step or a block of features; the rank then ends
     checkpoint_every_steps: int = 500
     log_every_steps: int = 50
     max_quarantined_fraction: float = 0.001  # above this share of broken images to train on, and above 10, it stops

@@ -14,7 +14,6 @@ from typing import Any
 
 from swav import storage
 from swav.bars import above_bars
-from swav.config import apply_overrides
 from swav.distributed import barrier, rank
 from swav.logs import answer, set_context, start_logging
 from swav.program import run
@@ -26,7 +25,7 @@ from swav_eval.command import Job, Request, evaluate, session
 from swav_eval.comparison import BEST, table_of, text_of
 from swav_eval.config import FinetuneProtocol, KnnProtocol, LinearProtocol, Protocol, SvmProtocol
 from swav_eval.ledger import NOT_BUILT
-from swav_eval.recipes import STANDARD, get_protocol, protocol_names
+from swav_eval.recipes import STANDARD, configure_all, protocol_names
 from swav_eval.results import Outcome
 
 _SPLITS = {
@@ -56,17 +55,7 @@ def plan(names: Iterable[str], data: str, overrides: Iterable[str]) -> _Plan:
     Raises:
         ValueError: an unknown protocol or setting, a value that does not fit, or no images at all.
     """
-    settings: dict[str, list[str]] = {name: [] for name in names}
-    for override in overrides:
-        name, colon, setting = override.partition(":")
-        if colon and name in protocol_names():
-            if name not in settings:
-                raise ValueError(f"{override}: {name} is not asked for; leave it out, or add it to --protocols")
-            settings[name].append(setting)
-        else:
-            for own in settings.values():
-                own.append(override)
-    protocols = {name: apply_overrides(get_protocol(name), own) for name, own in settings.items()}
+    protocols = configure_all(names, overrides)
     missing = {name: [url for url in _urls(name, data) if not _is_there(url)] for name in protocols}
     if all(missing.values()):
         wanted = ", ".join(sorted({url for urls in missing.values() for url in urls}))

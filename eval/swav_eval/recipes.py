@@ -232,3 +232,27 @@ def configure(name: str, kind: type[T], overrides: Iterable[str] = ()) -> T:
     if not isinstance(protocol, kind):
         raise ValueError(f"protocol {name} is not one of this program's; choose from {', '.join(protocol_names(kind))}")
     return apply_overrides(protocol, list(overrides))
+
+
+def configure_all(names: Iterable[str], overrides: Iterable[str] = ()) -> dict[str, Protocol]:
+    """Build several protocols, by name.
+
+    Args:
+        names: of the protocols.
+        overrides: ``key=value`` settings of all of them, ``PROTOCOL:key=value`` of one.
+
+    Raises:
+        ValueError: an unknown protocol or setting, one of a protocol that is not asked for, or a value that does not
+            fit.
+    """
+    settings: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        name, colon, setting = override.partition(":")
+        if not (colon and name in _PROTOCOLS):
+            for own in settings.values():
+                own.append(override)
+        elif name in settings:
+            settings[name].append(setting)
+        else:
+            raise ValueError(f"{override}: {name} is not asked for; leave it out, or add it to --protocols")
+    return {name: apply_overrides(get_protocol(name), own) for name, own in settings.items()}

@@ -2,8 +2,10 @@
 
 ``python bench/evaluations.py 'train-*.tar' 'test-*.tar' swav=runs/swav supervised=runs/supervised random=runs/random``
 
-Each evaluation runs as a user would run it. Settings are the paper's but for the number of classes and, so that it
-takes minutes on a CPU, the epochs of the linear classifier and of training from scratch.
+Each evaluation runs as a user would run it. Settings are the paper's but for the number of classes, what follows from
+it (a class's share of a batch, and with it the gradient of its row, is 1000 / classes times that on ImageNet, so the
+rate of the last layer is as much smaller: ``--to-the-letter`` leaves it) and, so that it takes minutes on a CPU, the
+epochs of the linear classifier and of training from scratch.
 """
 
 import argparse
@@ -14,6 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from swav_eval.config import FinetuneProtocol
+from swav_eval.recipes import get_protocol
 
 EVALUATIONS: dict[str, list[str]] = {
     "knn": ["swav_eval.knn"],
@@ -36,6 +41,7 @@ def main() -> None:
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--linear-epochs", type=int, default=10)
     parser.add_argument("--scratch-epochs", type=int, default=100)
+    parser.add_argument("--to-the-letter", action="store_true", help="rates of fine-tuning as for 1000 classes")
     parser.add_argument("--only", nargs="+", default=list(EVALUATIONS), choices=list(EVALUATIONS))
     parser.add_argument("--output", type=Path, help="folder for the results (default: one that is removed)")
     options = parser.parse_args()
@@ -64,6 +70,9 @@ def evaluate(protocol: str, backbone: str, output: Path, options: argparse.Names
     settings = [text.format(**vars(options)) for text in overrides]
     if protocol != "knn":
         settings.append(f"num_classes={options.num_classes}")
+    found = get_protocol(protocol)
+    if isinstance(found, FinetuneProtocol) and not found.from_scratch and not options.to_the_letter:
+        settings.append(f"head_lr={found.head_lr * options.num_classes / 1000:g}")
     words = [sys.executable, "-m", module, "--recipe", protocol, "--backbone", backbone, "--train", options.train]
     words += ["--test", options.test, "--output", str(output), *settings]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)

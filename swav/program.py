@@ -137,4 +137,8 @@ def _raised_here(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("swav")
+    if trace is None:
+        return False
+    module = trace.tb_frame.f_globals
+    spec = module.get("__spec__")  # of what ``python -m`` runs, too, whose __name__ is "__main__"
+    return str(spec.name if spec is not None else module.get("__name__")).startswith("swav")

@@ -214,22 +214,15 @@ def main(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. num_classes=10")
     words = sys.argv[1:] if arguments is None else arguments
     start_logging()
-    options = parser.parse_args(words)
-    request = Request(
-        options.backbone,
-        options.train,
-        options.test,
-        options.output,
-        options.work,
-        shlex.join(["python", "-m", prog, *words]),
-    )
-    set_context(protocol=options.recipe)
-
-    said = [(key, getattr(options, key)) for _, key, _ in short]
-    overrides = [*options.overrides, *(f"{key}={value}" for key, value in said if value is not None)]
 
     def body() -> None:
+        options = parser.parse_args(words)
+        set_context(protocol=options.recipe)
+        said = [(key, getattr(options, key)) for _, key, _ in short]
+        overrides = [*options.overrides, *(f"{key}={value}" for key, value in said if value is not None)]
         protocol = configure(options.recipe, kind, overrides)
+        files = (options.backbone, options.train, options.test, options.output, options.work)
+        request = Request(*files, shlex.join(["python", "-m", prog, *words]))
         with above_bars(), reporting():
             with session(protocol.runtime) as device:
                 result = evaluate(request, protocol, carry_out, device)

@@ -117,10 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="[PROTOCOL:]key=value", help="settings to change")
     words = sys.argv[1:] if arguments is None else arguments
     start_logging()
-    options = parser.parse_args(words)
     command = shlex.join(["python", "-m", "swav_eval.paper", *words])
 
     def body() -> None:
+        options = parser.parse_args(words)
         with above_bars(), reporting():
             _run(options, command)
 

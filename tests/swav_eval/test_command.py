@@ -148,6 +148,11 @@ def test_what_cannot_be_is_refused(
     assert message in caplog.records[-1].message
 
 
+def test_a_wrong_command_line_is_refused_for_good(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(counting([]), [*words(files), "--recipe", "knn", "--learning-rate", "1"]) == 64
+    assert "unrecognized arguments: --learning-rate" in capsys.readouterr().err
+
+
 def both_ranks(files: str, output: str, cache: str) -> dict[str, Any]:
     os.environ["SWAV_CACHE"] = cache
     protocol = configure("linear_imagenet", LinearProtocol, ["num_classes=3"])

@@ -137,6 +137,14 @@ def test_what_cannot_be_is_refused(
     assert message in caplog.records[-1].message
 
 
+def test_a_refusal_is_one_line_on_the_command_line(tmp_path: Path, backbone: Path) -> None:
+    process = command_line("swav_eval.paper", *words(backbone, tmp_path)[:4], cache=tmp_path / "cache")
+    status, out, err = finish(process)
+    assert (status, out) == (64, "")
+    assert "has the images of no protocol" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 def test_a_setting_is_of_all_protocols_or_of_one(data: Path) -> None:
     found = plan(["knn", "linear_imagenet"], str(data), ["resize_px=32", "knn:crop_px=16"]).protocols
     assert [(one.resize_px, one.crop_px) for one in found.values()] == [(32, 16), (32, None)]

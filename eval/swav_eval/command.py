@@ -25,6 +25,7 @@ from swav.storage import Location, join
 from swav.telemetry import reporting
 from swav.watchdog import ends_when_stalled, progress
 from swav_eval.config import EvaluationRuntime, Protocol
+from swav_eval.feature_store import StoredFeatures, extract_features
 from swav_eval.recipes import configure, protocol_names
 from swav_eval.results import Outcome, finished_result, identity, text_of, versions, write_result
 
@@ -56,6 +57,32 @@ class Job(Generic[P]):
     def num_threads(self) -> int:
         """Threads of this rank that decode."""
         return self.protocol.runtime.loader_threads or cores_of_rank()
+
+    @property
+    def indices(self) -> dict[str, DatasetIndex]:
+        """Of the images, by "train" and, where there are any, "test"."""
+        return {"train": self.train} | ({"test": self.test} if self.test is not None else {})
+
+    def features(self, name: str) -> StoredFeatures:
+        """Features of the "train" or the "test" images from the frozen backbone. All ranks call it.
+
+        Raises:
+            ValueError: no image can be decoded.
+            OSError: a shard cannot be read, or the work folder not written.
+        """
+        return extract_features(
+            self.backbone.backbone,
+            self.indices[name],
+            backbone_sha256=self.backbone.sha256,
+            name=name,
+            resize_px=self.resize_px,
+            crop_px=self.crop_px,
+            device=self.device,
+            precision=self.protocol.runtime.precision,
+            num_threads=self.num_threads,
+            runtime=self.protocol.runtime,
+            folder=self.work,
+        )
 
 
 @dataclass(frozen=True, slots=True)

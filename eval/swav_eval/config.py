@@ -28,6 +28,13 @@ class EvaluationRuntime:
     log_every_steps: int = 50
     max_quarantined_fraction: float = 0.001  # above this share of broken images to train on, and above 10, it stops
 
+    def __post_init__(self) -> None:
+        if min(self.checkpoint_every_steps, self.log_every_steps) < 1:
+            raise ValueError(
+                "runtime.checkpoint_every_steps and runtime.log_every_steps must be at least 1, got "
+                f"{self.checkpoint_every_steps} and {self.log_every_steps}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=CHECKED)
 class SubsetConfig:

@@ -34,8 +34,7 @@ def carry_out(job: Job[FinetuneProtocol]) -> Outcome:
         swav.program.Stopped: on SIGTERM or SIGINT.
         RuntimeError: the training has diverged, too many images are broken, or a file cannot be read or written.
     """
-    protocol, test = job.protocol, job.test
-    assert test is not None
+    protocol, test = job.protocol, job.indices["test"]
     check_labels(test, protocol)
     subset = choose_subset(
         job.train, protocol.subset, seed=protocol.seed, num_classes=protocol.num_classes, runtime=protocol.runtime

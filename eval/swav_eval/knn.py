@@ -16,7 +16,6 @@ from swav.features import Features, knn_accuracies, label_of
 from swav_eval import command
 from swav_eval.command import Job
 from swav_eval.config import KnnProtocol
-from swav_eval.feature_store import extract_features
 from swav_eval.results import Outcome
 
 _SHORT: Sequence[tuple[str, str, Mapping[str, Any]]] = (
@@ -37,11 +36,10 @@ def carry_out(job: Job[KnnProtocol]) -> Outcome:
     Raises:
         ValueError: an image has no label, or there are fewer train images than a k.
     """
-    indices = {"train": job.train} | ({"test": job.test} if job.test is not None else {})
-    for index in indices.values():
+    for index in job.indices.values():
         with _reader(job, index) as reader:
             label_of(reader, 0)  # unlabelled images are refused before all features are computed
-    features = {name: _features(job, index, name) for name, index in indices.items()}
+    features = {name: _features(job, index, name) for name, index in job.indices.items()}
     accuracies = knn_accuracies(features["train"], features.get("test"), job.protocol)
     return Outcome(
         metrics={f"knn_{k}": accuracy for k, accuracy in accuracies.items()},
@@ -51,19 +49,7 @@ def carry_out(job: Job[KnnProtocol]) -> Outcome:
 
 def _features(job: Job[KnnProtocol], index: DatasetIndex, name: str) -> Features:
     """Features of unit norm with their labels, on the device."""
-    found = extract_features(
-        job.backbone.backbone,
-        index,
-        backbone_sha256=job.backbone.sha256,
-        name=name,
-        resize_px=job.resize_px,
-        crop_px=job.crop_px,
-        device=job.device,
-        precision=job.protocol.runtime.precision,
-        num_threads=job.num_threads,
-        runtime=job.protocol.runtime,
-        folder=job.work,
-    )
+    found = job.features(name)
     if (found.labels < 0).any():
         with _reader(job, index) as reader:
             label_of(reader, int(found.ids[found.labels.argmin()]))

@@ -23,7 +23,6 @@ from swav_eval.accuracy import Block, evaluate_classifier, feature_blocks, image
 from swav_eval.classifier import Classifier, train_classifier
 from swav_eval.command import Job
 from swav_eval.config import LinearProtocol
-from swav_eval.feature_store import StoredFeatures, extract_features
 from swav_eval.labelled_data import Batches, FeatureBatches, check_num_broken, labelled_pipeline
 from swav_eval.labels import check_labelled, check_labels, check_stored_labels
 from swav_eval.results import Outcome, identity
@@ -50,15 +49,14 @@ def carry_out(job: Job[LinearProtocol]) -> Outcome:
         swav.program.Stopped: on SIGTERM or SIGINT.
         RuntimeError: the training has diverged, too many images are broken, or a file cannot be read or written.
     """
-    protocol, test = job.protocol, job.test
-    assert test is not None
+    protocol = job.protocol
     check_labelled(job.train)
-    check_labels(test, protocol)
+    check_labels(job.indices["test"], protocol)
     rates = protocol.learning_rates
     learned, held_out = np.arange(job.train.num_samples), np.empty(0, dtype=np.int64)
     if len(rates) > 1:
         learned, held_out = hold_out(job.train.num_samples, protocol.held_out_fraction, seed=protocol.seed)
-    with _material(job, test, learned, held_out) as material:
+    with _material(job, learned, held_out) as material:
         classifier = Classifier(
             material.trunk,
             job.backbone.backbone.num_features,
@@ -119,19 +117,16 @@ def _judge(
 
 
 @contextmanager
-def _material(
-    job: Job[LinearProtocol], test: DatasetIndex, learned: NDArray[np.int64], held_out: NDArray[np.int64]
-) -> Iterator[_Material]:
+def _material(job: Job[LinearProtocol], learned: NDArray[np.int64], held_out: NDArray[np.int64]) -> Iterator[_Material]:
     """Open the images, or compute their features.
 
     Args:
         job: the evaluation.
-        test: images that are classified at the end.
         learned: int64 [n], ids of the images to train on, rising.
         held_out: int64 [m], ids of those by which a rate is chosen, rising.
     """
     if not job.protocol.augment:
-        yield _features(job, test, learned, held_out)
+        yield _features(job, learned, held_out)
         return
 
     def judged(index: DatasetIndex, ids: range | list[int]) -> Iterator[Block]:
@@ -152,7 +147,7 @@ def _material(
             _on_device(job),
             batches,
             held_out=lambda: judged(job.train, held_out.tolist()),
-            test=lambda: judged(test, range(test.num_samples)),
+            test=lambda: judged(job.indices["test"], range(job.indices["test"].num_samples)),
             num_broken={"train": 0, "test": 0},
         )
 
@@ -162,15 +157,13 @@ def _on_device(job: Job[LinearProtocol]) -> nn.Module:
     return network.to(memory_format=torch.channels_last) if job.device.type == "cuda" else network
 
 
-def _features(
-    job: Job[LinearProtocol], test: DatasetIndex, learned: NDArray[np.int64], held_out: NDArray[np.int64]
-) -> _Material:
+def _features(job: Job[LinearProtocol], learned: NDArray[np.int64], held_out: NDArray[np.int64]) -> _Material:
     protocol = job.protocol
     if job.work is None and world_size() > 1:
         raise ValueError(
             f"with augment=false, {world_size()} ranks share the features through a folder; give --output or --work"
         )
-    stored = {name: _extracted(job, index, name) for name, index in (("train", job.train), ("test", test))}
+    stored = {name: job.features(name) for name in ("train", "test")}
     ids, labels, values = stored["train"].all_ids(), stored["train"].all_labels(), stored["train"].mapped()
     check_num_broken(stored["train"].num_broken, job.train.num_samples, protocol)
     check_stored_labels(job.train, ids, labels, protocol.num_classes)
@@ -198,22 +191,6 @@ def _features(
         held_out=judged_held_out,
         test=judged_test,
         num_broken={name: features.num_broken for name, features in stored.items()},
-    )
-
-
-def _extracted(job: Job[LinearProtocol], index: DatasetIndex, name: str) -> StoredFeatures:
-    return extract_features(
-        job.backbone.backbone,
-        index,
-        backbone_sha256=job.backbone.sha256,
-        name=name,
-        resize_px=job.resize_px,
-        crop_px=job.crop_px,
-        device=job.device,
-        precision=job.protocol.runtime.precision,
-        num_threads=job.num_threads,
-        runtime=job.protocol.runtime,
-        folder=job.work,
     )
 
 

@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from swav.bars import progress_bar
-from swav.data.index import DatasetIndex
 from swav.distributed import all_reduce_sum, rank, world_size
 from swav.storage import join, read, stat, write_atomic
 from swav_eval import command
 from swav_eval.average_precision import Kind, average_precision
 from swav_eval.command import Job
 from swav_eval.config import SvmProtocol
-from swav_eval.feature_store import extract_features
 from swav_eval.linear_svm import CHOSEN_BY, Choice, Rows, choose
 from swav_eval.present_classes import Presence, check_counts, read_presence
 from swav_eval.results import Outcome, identity
@@ -68,8 +66,7 @@ def carry_out(job: Job[SvmProtocol]) -> Outcome:
     Raises:
         ValueError: an image's classes cannot be understood, or a class has too few images for the folds.
     """
-    assert job.test is not None
-    classes, images, broken = _prepared(job, {"train": job.train, "test": job.test})
+    classes, images, broken = _prepared(job)
     train, test = images["train"], images["test"]
     check_counts(classes, train.classes, test.classes, num_folds=job.protocol.num_folds)
     results = _fitted(job, classes, train, test)
@@ -103,30 +100,16 @@ def carry_out(job: Job[SvmProtocol]) -> Outcome:
     )
 
 
-def _prepared(
-    job: Job[SvmProtocol], indices: dict[str, DatasetIndex]
-) -> tuple[tuple[str, ...], dict[str, _Images], dict[str, int]]:
+def _prepared(job: Job[SvmProtocol]) -> tuple[tuple[str, ...], dict[str, _Images], dict[str, int]]:
     """Names of the classes; features and classes of the images; and how many images are broken."""
     rows, ids, broken = {}, {}, {}
-    for name, index in indices.items():
-        found = extract_features(
-            job.backbone.backbone,
-            index,
-            backbone_sha256=job.backbone.sha256,
-            name=name,
-            resize_px=job.resize_px,
-            crop_px=job.crop_px,
-            device=job.device,
-            precision=job.protocol.runtime.precision,
-            num_threads=job.num_threads,
-            runtime=job.protocol.runtime,
-            folder=job.work,
-        )
+    for name in job.indices:
+        found = job.features(name)
         rows[name] = _of_unit_norm(found.mapped())
         ids[name], broken[name] = found.all_ids(), found.num_broken
-    samples = {name: (index, ids[name]) for name, index in indices.items()}
+    samples = {name: (index, ids[name]) for name, index in job.indices.items()}
     classes, presence = read_presence(samples, job.protocol.runtime)
-    return classes, {name: _Images(rows[name], presence[name]) for name in indices}, broken
+    return classes, {name: _Images(rows[name], presence[name]) for name in job.indices}, broken
 
 
 def _of_unit_norm(features: NDArray[np.float32]) -> Rows:
@@ -186,8 +169,7 @@ def _judged(choice: Choice, test: _Images, number: int) -> ClassResult:
 
 def _digest(job: Job[SvmProtocol], classes: tuple[str, ...]) -> str:
     """Of all that the classes' results depend on."""
-    assert job.test is not None
-    data = {"train": job.train.identity, "test": job.test.identity}
+    data = {name: index.identity for name, index in job.indices.items()}
     whole = identity(job.protocol, backbone_sha256=job.backbone.sha256, data=data)
     facts = {"svm": FORMAT, "classes": classes, "sizes": [job.resize_px, job.crop_px], **whole}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

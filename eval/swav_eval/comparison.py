@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 from swav_eval.ledger import Reported, ledger
-from swav_eval.recipes import summary
+from swav_eval.recipes import get_protocol, settings_of, summary
 
 BEST = "swav_r50_2x224_6x96_800ep"  # whose numbers a backbone of unknown pretraining stands beside
 FORMAT = "swav.table/1"
+SIZES = {"resize_px": 256, "crop_px": 224}  # appendix A.5
 
 
 def reported(recipe: str, protocol: str, metric: str) -> Reported | None:
@@ -24,6 +25,19 @@ def reported(recipe: str, protocol: str, metric: str) -> Reported | None:
     return next(iter(own or [one for one in found if one.row.startswith("SwAV")]), None)
 
 
+def changed(protocol: str, result: dict[str, Any]) -> list[str]:
+    """Settings in which an evaluation is not the paper's: those that were overridden, and other sizes of images.
+
+    Args:
+        protocol: by name.
+        result: of it.
+    """
+    stated = settings_of(get_protocol(protocol))
+    found = result["settings"]
+    names = [name for name, value in stated.items() if name not in SIZES and found[name] != value]
+    return [*names, *(name for name, value in SIZES.items() if result[name] != value)]
+
+
 def rows(results: dict[str, dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
     """One row for each metric.
 
@@ -32,8 +46,8 @@ def rows(results: dict[str, dict[str, Any]], recipe: str) -> list[dict[str, Any]
         recipe: of the pretraining whose numbers they are compared with.
 
     Returns:
-        Objects with ``protocol``, ``metric``, ``ours`` (in per cent), ``paper`` (as printed, or None) and ``where`` the
-        paper has it.
+        Objects with ``protocol``, ``metric``, ``ours`` (in per cent), ``paper`` (as printed, or None), ``where`` the
+        paper has it, whether that is ``of_this_pretraining``, and which settings were ``changed``.
     """
     table = []
     for protocol, result in results.items():
@@ -47,6 +61,7 @@ def rows(results: dict[str, dict[str, Any]], recipe: str) -> list[dict[str, Any]
                     "paper": theirs.value if theirs else None,
                     "where": f"{theirs.table}: {theirs.row}" if theirs else None,
                     "of_this_pretraining": bool(theirs and theirs.pretraining == recipe),
+                    "changed": changed(protocol, result),
                 }
             )
     return table
@@ -75,13 +90,15 @@ def text_of(table: dict[str, Any]) -> str:
     lines = [
         f"The paper's numbers are those of {table['compared_with']}; of another pretraining where marked *.",
         "",
-        "| Protocol | Metric | Ours, % | Paper's, % | Where |",
-        "|---|---|---|---|---|",
+        "| Protocol | Metric | Ours, % | Paper's, % | Where | To the letter |",
+        "|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
         mark = "" if row["of_this_pretraining"] or row["paper"] is None else " *"
         paper = "-" if row["paper"] is None else f"{row['paper']}{mark}"
-        lines.append(f"| {row['protocol']} | {row['metric']} | {row['ours']:.1f} | {paper} | {row['where'] or '-'} |")
+        letter = f"no: {', '.join(row['changed'])}" if row["changed"] else "yes"
+        cells = (row["protocol"], row["metric"], f"{row['ours']:.1f}", paper, row["where"] or "-", letter)
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for name, protocol in table["protocols"].items():
         lines.append(f"{name}: {protocol['what']} {json.dumps(protocol['settings'])}")

@@ -4,10 +4,11 @@ Imports without torch.
 """
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from swav.config import apply_overrides
+from swav.config import apply_overrides, to_json
 from swav_eval.config import (
     CosineSchedule,
     FinetuneProtocol,
@@ -194,6 +195,14 @@ def protocol_names(kind: type[Any] | None = None) -> list[str]:
 def summary(name: str) -> str:
     """What a named protocol is, in a sentence."""
     return (_builder(name).__doc__ or "").partition("\n")[0]
+
+
+def settings_of(protocol: Protocol) -> dict[str, Any]:
+    """What an evaluation's numbers depend on: all settings but the name and how it is carried out, as JSON has them."""
+    settings: dict[str, Any] = json.loads(to_json(protocol))
+    settings.pop("name")
+    settings["precision"] = settings.pop("runtime")["precision"]
+    return settings
 
 
 def get_protocol(name: str) -> Protocol:

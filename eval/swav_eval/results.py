@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import swav
-from swav.config import to_json
 from swav.storage import Location, read, stat, write_atomic
 from swav_eval.config import Protocol
+from swav_eval.recipes import settings_of
 
 FORMAT = "swav.result/1"
 
@@ -38,13 +38,10 @@ def identity(protocol: Protocol, *, backbone_sha256: str, data: dict[str, str]) 
     Returns:
         A part of the result.
     """
-    settings = json.loads(to_json(protocol))
-    settings.pop("name")
-    settings["precision"] = settings.pop("runtime")["precision"]
     return {
         "format": FORMAT,
         "protocol": protocol.name,
-        "settings": settings,
+        "settings": settings_of(protocol),
         "backbone_sha256": backbone_sha256,
         "data_identities": data,
     }

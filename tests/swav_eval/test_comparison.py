@@ -2,11 +2,13 @@ from typing import Any
 
 import pytest
 
-from swav_eval.comparison import BEST, reported, table_of, text_of
+from swav_eval.comparison import BEST, changed, reported, table_of, text_of
+from swav_eval.recipes import get_protocol, settings_of
 
 
-def result(**metrics: float) -> dict[str, Any]:
-    return {"metrics": metrics, "settings": {"epochs": 100}}
+def result(protocol: str, sizes: tuple[int, int] = (256, 224), **metrics: float) -> dict[str, Any]:
+    settings = settings_of(get_protocol(protocol))
+    return {"metrics": metrics, "settings": settings, "resize_px": sizes[0], "crop_px": sizes[1]}
 
 
 @pytest.mark.parametrize(
@@ -37,10 +39,21 @@ def test_what_the_paper_does_not_state_has_no_number() -> None:
 
 
 def test_the_table_marks_what_is_of_another_pretraining() -> None:
-    results = {"linear_imagenet": result(top1=0.7412, top5=0.9), "lowshot_13": result(top1=0.3)}
+    results = {
+        "linear_imagenet": result("linear_imagenet", top1=0.7412, top5=0.9),
+        "lowshot_13": result("lowshot_13", top1=0.3),
+    }
     text = text_of(table_of(results, BEST, {"linear_inat18": "there is no inat18/train"})).splitlines()
-    assert "| linear_imagenet | top1 | 74.1 | 75.3 | Figure 2: SwAV, 800 epochs |" in text
-    assert "| linear_imagenet | top5 | 90.0 | - | - |" in text
-    assert "| lowshot_13 | top1 | 30.0 | 38.2 * | Table 6: SwAV IG-1B |" in text
+    assert "| linear_imagenet | top1 | 74.1 | 75.3 | Figure 2: SwAV, 800 epochs | yes |" in text
+    assert "| linear_imagenet | top5 | 90.0 | - | - | yes |" in text
+    assert "| lowshot_13 | top1 | 30.0 | 38.2 * | Table 6: SwAV IG-1B | yes |" in text
     assert text[-1] == "left out: linear_inat18: there is no inat18/train"
-    assert any(line.startswith("linear_imagenet: ImageNet (A.3)") and '{"epochs": 100}' in line for line in text)
+    assert any(line.startswith("linear_imagenet: ImageNet (A.3)") and '"epochs": 100' in line for line in text)
+
+
+def test_what_is_not_the_papers_protocol_is_said() -> None:
+    one = result("linear_imagenet", (48, 40), top1=0.5)
+    one["settings"] |= {"num_classes": 10, "precision": "bf16"}
+    assert changed("linear_imagenet", one) == ["num_classes", "precision", "resize_px", "crop_px"]
+    text = text_of(table_of({"linear_imagenet": one}, BEST, {}))
+    assert "| linear_imagenet | top1 | 50.0 | 75.3 | Figure 2: SwAV, 800 epochs | no: num_classes, precision, " in text

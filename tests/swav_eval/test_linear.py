@@ -219,6 +219,7 @@ def test_the_backbone_is_left_as_it_is(tmp_path: Path, files: Path, monkeypatch:
         (["global_batch=0"], "global_batch >= 1"),
         (["crop_px=30"], "crop_px must be from 1 to resize_px"),
         (["epoch=3"], "unknown setting 'epoch'"),
+        (["runtime.checkpoint_every_steps=0"], "must be at least 1, got 0 and 50"),
         (['schedule={"kind":"steps","epochs":[3],"factor":0.1}'], "must lie below epochs=3"),
     ],
 )

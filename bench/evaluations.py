@@ -61,7 +61,8 @@ def main() -> None:
                 sys.stdout.flush()
     sys.stdout.write(f"\n| | {' | '.join(backbones)} |\n|---|{'---|' * len(backbones)}\n")
     for protocol, cells in table.items():
-        sys.stdout.write(f"| {protocol} | {' | '.join(cells)} |\n")
+        shown = [*cells, *[""] * (len(backbones) - len(cells))]
+        sys.stdout.write(f"| {protocol} | {' | '.join(shown)} |\n")
 
 
 def evaluate(protocol: str, backbone: str, output: Path, options: argparse.Namespace) -> dict[str, Any]:

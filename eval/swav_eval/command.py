@@ -1,6 +1,7 @@
 """What the programs of all protocols share: options, device, process group, and the result's file."""
 
 import argparse
+import hashlib
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from swav.run_folder import sole_writer
 from swav.storage import Location, join
 from swav.telemetry import reporting
 from swav.watchdog import ends_when_stalled, progress
-from swav_eval.config import EvaluationRuntime, Protocol
+from swav_eval.config import EvaluationRuntime, FinetuneProtocol, Protocol
 from swav_eval.feature_store import StoredFeatures, extract_features
 from swav_eval.recipes import configure, protocol_names
 from swav_eval.results import Outcome, finished_result, identity, text_of, versions, write_result
@@ -136,9 +137,8 @@ def evaluate(
     train = open_dataset(request.train)
     test = open_dataset(request.test) if request.test is not None else None
     indices = {"train": train} | ({"test": test} if test is not None else {})
-    wanted = identity(
-        protocol, backbone_sha256=backbone.sha256, data={name: index.identity for name, index in indices.items()}
-    )
+    data = {name: index.identity for name, index in indices.items()} | _identity_of_list(protocol)
+    wanted = identity(protocol, backbone_sha256=backbone.sha256, data=data)
     found = finished_result(request.output, wanted) if request.output is not None else None
     barrier()  # before rank 0 writes it
     if found is not None:
@@ -174,6 +174,16 @@ def evaluate(
             write_result(request.output, result)
         barrier()  # a launcher takes the first rank that ends well for all being done
     return result
+
+
+def _identity_of_list(protocol: Protocol) -> dict[str, str]:
+    """The SHA-256 of the list that names the images to train on, whose path alone says nothing of them."""
+    if not isinstance(protocol, FinetuneProtocol) or protocol.subset.names is None:
+        return {}
+    url = storage.absolute(protocol.subset.names)
+    if storage.stat(url) is None:
+        raise ValueError(f"subset.names: there is no {url}")
+    return {"subset.names": hashlib.sha256(storage.read(url)).hexdigest()}
 
 
 def _check_sizes(job: Job[P]) -> None:

@@ -15,7 +15,7 @@ from swav.models.resnet import ResNet
 from swav.storage import join, write_atomic
 from swav_eval import command
 from swav_eval.command import Job, Request, evaluate
-from swav_eval.config import KnnProtocol, LinearProtocol
+from swav_eval.config import FinetuneProtocol, KnnProtocol, LinearProtocol
 from swav_eval.recipes import configure
 from swav_eval.results import Outcome
 
@@ -99,6 +99,25 @@ def test_another_evaluation_does_not_take_its_place(
     before = output.read_text()
     assert run(counting([]), words(files, "--recipe", "knn", "--output", str(output), "temperature=0.2")) == 64
     assert "holds the result of another evaluation (settings differ)" in caplog.text
+    assert output.read_text() == before
+
+
+def test_another_list_of_images_is_another_evaluation(
+    tmp_path: Path, files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, names = tmp_path / "finetune.json", tmp_path / "names.txt"
+    arguments = words(files, "--recipe=semisup_1pct", f"--output={output}", "num_classes=3", f"subset.names={names}")
+
+    def status() -> int:
+        counted = counting([])
+        return command.main(FinetuneProtocol, counted, arguments, prog="swav_eval.finetune", description="A test.")
+
+    names.write_text("000001.jpg\n")
+    assert status() == 0
+    before = output.read_text()
+    names.write_text("000002.jpg\n")
+    assert status() == 64
+    assert "another evaluation (data_identities differ)" in caplog.text
     assert output.read_text() == before
 
 

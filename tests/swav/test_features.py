@@ -154,7 +154,7 @@ def test_images_that_are_all_broken_are_refused(tmp_path: Path) -> None:
 
 def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     data = write_scenes(tmp_path / "data", (4,), labelled=False)
-    with pytest.raises(ValueError, match=r"shard-000000\.tar:000000 has no label \(\.cls\); an evaluation needs labelled"):
+    with pytest.raises(ValueError, match=r"shard-000000\.tar:000000 has no label \(\.cls\); an evaluation needs"):
         extract_features(network(), open_dataset(str(data)), config_of(data), device=CPU, num_threads=1)
 
 

@@ -139,8 +139,7 @@ def evaluate(
     indices = {"train": train} | ({"test": test} if test is not None else {})
     data = {name: index.identity for name, index in indices.items()} | _identity_of_list(protocol)
     wanted = identity(protocol, backbone_sha256=backbone.sha256, data=data)
-    found = finished_result(request.output, wanted) if request.output is not None else None
-    barrier()  # before rank 0 writes it
+    found = _finished(request, wanted)
     if found is not None:
         return found
     work = request.work or (f"{storage.absolute(request.output)}.work" if request.output is not None else None)
@@ -148,6 +147,10 @@ def evaluate(
     _check_sizes(job)
     wait_seconds = protocol.runtime.collective_timeout_seconds / 2
     with _work_folder(work, removed=request.work is None, wait_seconds=wait_seconds):
+        barrier()  # until this evaluation has the folder to itself
+        found = _finished(request, wanted)  # whoever had the folder has written it
+        if found is not None:
+            return found
         outcome = carry_out(job)
         urls = {"train": request.train, "test": request.test}
         result = {
@@ -171,9 +174,17 @@ def evaluate(
             "command": request.command,
         }
         if rank() == 0 and request.output is not None:
+            finished_result(request.output, wanted)  # with another --work, another evaluation may have been sooner
             write_result(request.output, result)
         barrier()  # a launcher takes the first rank that ends well for all being done
     return result
+
+
+def _finished(request: Request, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that is there already, on every rank."""
+    found = finished_result(request.output, wanted) if request.output is not None else None
+    barrier()  # before rank 0 writes it
+    return found
 
 
 def _identity_of_list(protocol: Protocol) -> dict[str, str]:

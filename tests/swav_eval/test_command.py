@@ -1,6 +1,8 @@
+import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from swav_testing.runs import write_scenes
 from swav.config import ModelConfig
 from swav.models.backbone_file import save_backbone
 from swav.models.resnet import ResNet
+from swav.run_folder import sole_writer
 from swav.storage import join, write_atomic
 from swav_eval import command
 from swav_eval.command import Job, Request, evaluate
@@ -100,6 +103,34 @@ def test_another_evaluation_does_not_take_its_place(
     assert run(counting([]), words(files, "--recipe", "knn", "--output", str(output), "temperature=0.2")) == 64
     assert "holds the result of another evaluation (settings differ)" in caplog.text
     assert output.read_text() == before
+
+
+@pytest.mark.parametrize("own_work", [False, True])
+def test_a_result_that_appears_while_another_evaluation_waits_or_computes_is_kept(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own_work: bool
+) -> None:
+    output, calls = tmp_path / "knn.json", list[Job[KnnProtocol]]()
+    arguments = words(files, "--recipe=knn", f"--output={output}")
+    work = [f"--work={tmp_path / 'work'}"] if own_work else []
+    other = words(files, "--recipe=knn", f"--output={output}", *work, "temperature=0.2")
+
+    @contextlib.contextmanager
+    def another_is_sooner(*_: Any, **__: Any) -> Iterator[None]:
+        monkeypatch.setattr(command, "sole_writer", sole_writer)
+        assert run(counting([]), arguments) == 0
+        yield
+
+    def computes(job: Job[KnnProtocol]) -> Outcome:
+        if own_work:
+            assert run(counting([]), arguments) == 0
+        return counting(calls)(job)  # type: ignore[no-any-return]
+
+    if not own_work:
+        monkeypatch.setattr(command, "sole_writer", another_is_sooner)
+    assert run(computes, other) == 64
+    assert "another evaluation (settings differ)" in caplog.text
+    assert json.loads(output.read_text())["settings"]["temperature"] == 0.07
+    assert len(calls) == own_work
 
 
 def test_another_list_of_images_is_another_evaluation(

@@ -25,7 +25,7 @@ from swav_eval.command import Job, Request, evaluate, session
 from swav_eval.comparison import BEST, table_of, text_of
 from swav_eval.config import FinetuneProtocol, KnnProtocol, LinearProtocol, Protocol, SvmProtocol
 from swav_eval.ledger import NOT_BUILT
-from swav_eval.recipes import STANDARD, configure_all, protocol_names
+from swav_eval.recipes import STANDARD, configure_all, protocol_names, settings_of
 from swav_eval.results import Outcome
 
 _SPLITS = {
@@ -154,19 +154,34 @@ def _run(options: argparse.Namespace, command: str) -> None:
 
 def _tell(options: argparse.Namespace, found: _Plan, results: dict[str, dict[str, Any]]) -> None:
     """Print the table, and write it once all results are there."""
-    if options.part is not None:
-        for name in found.protocols:
-            file = result_file(options.output, name)
-            if name not in results and storage.stat(file) is not None:
-                results[name] = json.loads(storage.read(file))
     left_out = found.left_out | {name: f"not built yet: {what}" for name, what in NOT_BUILT.items()}
+    if options.part is not None:
+        left_out |= _take_others(options, found, results)
     waiting = [name for name in found.protocols if name not in results]
-    left_out |= dict.fromkeys(waiting, "its part is not done yet")
     in_order = {name: results[name] for name in found.protocols if name in results}
     table = table_of(in_order, options.pretraining, left_out)
     if options.output is not None and not waiting:
         storage.write_atomic(options.output, (json.dumps(table, indent=2) + "\n").encode())
     answer(text_of(table), title="the paper's table", table=table)
+
+
+def _take_others(options: argparse.Namespace, found: _Plan, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Add the results of the other parts, those of the same backbone and settings; says why of some there is none."""
+    lacking = {}
+    for name, protocol in found.protocols.items():
+        if name in results:
+            continue
+        file = result_file(options.output, name)
+        if storage.stat(file) is None:
+            lacking[name] = "its part is not done yet"
+            continue
+        other = json.loads(storage.read(file))
+        backbones = {one["backbone_sha256"] for one in (*results.values(), other)}
+        if len(backbones) > 1 or other["settings"] != settings_of(protocol):
+            lacking[name] = f"{file} is another evaluation's: remove it, or give another --output"
+        else:
+            results[name] = other
+    return lacking
 
 
 if __name__ == "__main__":

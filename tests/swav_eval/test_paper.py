@@ -104,6 +104,28 @@ def test_parts_side_by_side_give_the_same_table(tmp_path: Path, backbone: Path, 
     assert without_commands(other) == without_commands(one)
 
 
+def test_a_part_takes_no_result_of_another_backbone_or_of_other_settings(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, changed = tmp_path / "table.json", tmp_path / "changed.pt"
+    torch.manual_seed(1)
+    model = ModelConfig(arch="resnet18", width=0.125, stem="3x3")
+    save_backbone(ResNet("resnet18", width=0.125, stem="3x3"), model, changed, resize_px=24, crop_px=20)
+
+    def part(of: Path, name: str, *settings: str) -> str:
+        asked = ["--output", str(output), "--protocols", "knn", "svm_voc07", "--part", name]
+        assert main(["--backbone", str(of), "--data", str(data), *asked, "--", *SMALL[:2], SMALL[4], *settings]) == 0
+        return capsys.readouterr().out
+
+    part(backbone, "svm_voc07")
+    assert "svm_voc07.json is another evaluation's" in part(changed, "knn")
+    Path(result_file(output, "knn")).unlink()
+    assert "svm_voc07.json is another evaluation's" in part(backbone, "knn", "svm_voc07:positive_weight=1.0")
+    assert not output.exists()
+    part(backbone, "knn")
+    assert set(json.loads(output.read_text())["results"]) == {"knn", "svm_voc07"}
+
+
 def test_two_ranks_print_one_table(tmp_path: Path, backbone: Path, data: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
 

@@ -102,6 +102,10 @@ def carry_out(job: Job[SvmProtocol]) -> Outcome:
 
 def _prepared(job: Job[SvmProtocol]) -> tuple[tuple[str, ...], dict[str, _Images], dict[str, int]]:
     """Names of the classes; features and classes of the images; and how many images are broken."""
+    if job.work is None and world_size() > 1:
+        raise ValueError(f"{world_size()} ranks share the features through a folder; give --output or --work")
+    first = {name: (index, np.zeros(1, np.int64)) for name, index in job.indices.items()}
+    read_presence(first, job.protocol.runtime)  # images without classes are refused before all features are computed
     rows, ids, broken = {}, {}, {}
     for name in job.indices:
         found = job.features(name)

@@ -20,7 +20,7 @@ from swav.data.source import open_dataset
 from swav.models.backbone_file import load_backbone, save_backbone
 from swav.models.resnet import ResNet
 from swav_eval import linear_svm, svm
-from swav_eval.command import Job
+from swav_eval.command import Job, Request, evaluate
 from swav_eval.config import SvmProtocol
 from swav_eval.datasets.__main__ import main as convert
 from swav_eval.feature_store import extract_features
@@ -339,6 +339,26 @@ def test_images_with_a_label_have_one_class(
     write_tar(tmp_path / "bare" / "shard-0.tar", [(f"{number}.jpg", make_scene(0, number)) for number in range(4)])
     assert main(words(backbone, tmp_path / "bare", tmp_path / "test")) == 64
     assert "has no label (.cls)" in caplog.records[-1].message
+
+
+def refusal(backbone: str, train: str, test: str, cache: str) -> str:
+    os.environ["SWAV_CACHE"] = cache
+    request = Request(backbone, train, test, None, None, "test")
+    protocol = configure("svm_voc07", SvmProtocol, QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "features", None)  # which would be computed
+        with pytest.raises(ValueError, match=r"give|needs") as refused:
+            evaluate(request, protocol, carry_out, CPU)
+    return str(refused.value)
+
+
+def test_what_is_refused_is_refused_before_features_are_computed(
+    tmp_path: Path, backbone: Path, train: Path, test: Path, cache: Path
+) -> None:
+    messages = run_ranks(2, refusal, str(backbone), str(train), str(test), str(cache))
+    assert messages == ["2 ranks share the features through a folder; give --output or --work"] * 2
+    write_tar(tmp_path / "bare" / "shard-0.tar", [("0.jpg", make_scene(0, 0))])
+    assert "has no label (.cls)" in refusal(str(backbone), str(train), str(tmp_path / "bare"), str(cache))
 
 
 @pytest.mark.skipif(not BCCD.exists(), reason=f"needs {BCCD}")

@@ -137,7 +137,8 @@ def _run(options: argparse.Namespace, command: str) -> None:
     found = plan(options.protocols, options.data, options.overrides)
     ours = [options.part] if options.part is not None else list(found.protocols)
     results: dict[str, dict[str, Any]] = {}
-    with session(next(iter(found.protocols.values())).runtime) as device:
+    leading = found.protocols.get(ours[0], next(iter(found.protocols.values())))
+    with session(leading.runtime) as device:
         for name in ours:
             if name not in found.protocols:
                 continue

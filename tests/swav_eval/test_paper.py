@@ -10,6 +10,8 @@ from swav_testing.shards import write_tar
 from swav.config import ModelConfig
 from swav.models.backbone_file import save_backbone
 from swav.models.resnet import ResNet
+from swav_eval import paper
+from swav_eval.config import EvaluationRuntime
 from swav_eval.paper import main, plan, result_file
 
 SMALL = [
@@ -124,6 +126,21 @@ def test_a_part_takes_no_result_of_another_backbone_or_of_other_settings(
     assert not output.exists()
     part(backbone, "knn")
     assert set(json.loads(output.read_text())["results"]) == {"knn", "svm_voc07"}
+
+
+def test_a_part_runs_as_its_own_settings_say(
+    tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[EvaluationRuntime] = []
+
+    def stop_there(runtime: EvaluationRuntime) -> None:
+        opened.append(runtime)
+        raise ValueError("stopped there")
+
+    monkeypatch.setattr(paper, "session", stop_there)
+    asked = ["--output", str(tmp_path / "table.json"), *PROTOCOLS, "--part", "svm_voc07"]
+    assert main([*words(backbone, data, *asked), "svm_voc07:runtime.stalled_after_seconds=7"]) == 64
+    assert [one.stalled_after_seconds for one in opened] == [7]
 
 
 def test_two_ranks_print_one_table(tmp_path: Path, backbone: Path, data: Path) -> None:

@@ -1,8 +1,10 @@
 """The result of an evaluation as one JSON object: what came out, and all that is needed to get it again."""
 
+import contextlib
 import json
 import platform
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ FORMAT = "swav.result/1"
 
 # What makes two evaluations the same one.
 _IDENTITY = ("format", "protocol", "settings", "backbone_sha256", "data_identities")
+
+_PACKAGES = ("torchvision", "numpy", "pillow", "simplejpeg", "scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,12 @@ def identity(protocol: Protocol, *, backbone_sha256: str, data: dict[str, str]) 
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"swav": swav.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    """Of what computes, decodes and resizes images, and fits SVMs."""
+    known = {"swav": swav.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # scikit-learn is there for SVMs alone
+            known[name] = metadata.version(name)
+    return known
 
 
 def finished_result(output: Location, wanted: dict[str, Any]) -> dict[str, Any] | None:

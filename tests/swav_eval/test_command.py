@@ -86,7 +86,8 @@ def test_the_result_has_what_is_needed_to_get_it_again(
     assert len(set(result["data_identities"].values())) == 2
     assert (result["backbone"]["arch"], result["backbone"]["width"]) == ("resnet18", 0.125)
     assert len(result["backbone_sha256"]) == 64
-    assert set(result["versions"]) == {"swav", "torch", "python"}
+    packages = {"torchvision", "numpy", "pillow", "simplejpeg", "scikit-learn"}
+    assert set(result["versions"]) == {"swav", "torch", "python"} | packages
     assert result["command"].startswith("python -m swav_eval.knn --backbone ")
     assert [path.name for path in output.parent.iterdir()] == ["knn.json"]  # the work folder is gone
     assert run(counting(calls), arguments) == 0  # done already

@@ -8,6 +8,7 @@ from swav_eval.recipes import get_protocol, settings_of, summary
 
 BEST = "swav_r50_2x224_6x96_800ep"  # whose numbers a backbone of unknown pretraining stands beside
 FORMAT = "swav.table/1"
+LISTED = ("semisup_1pct", "semisup_10pct")  # whose images are SimCLR's lists (A.4), and not drawn
 SIZES = {"resize_px": 256, "crop_px": 224}  # appendix A.5
 
 
@@ -28,6 +29,8 @@ def reported(recipe: str, protocol: str, metric: str) -> Reported | None:
 def changed(protocol: str, result: dict[str, Any]) -> list[str]:
     """Settings in which an evaluation is not the paper's: those that were overridden, and other sizes of images.
 
+    Images that are drawn where the paper has a list are not the paper's; a list that is given is taken for it.
+
     Args:
         protocol: by name.
         result: of it.
@@ -35,6 +38,8 @@ def changed(protocol: str, result: dict[str, Any]) -> list[str]:
     stated = settings_of(get_protocol(protocol))
     found = result["settings"]
     names = [name for name, value in stated.items() if name not in SIZES and found[name] != value]
+    if protocol in LISTED:
+        names = [name for name in names if name != "subset"] + ["subset"] * (found["subset"]["names"] is None)
     return [*names, *(name for name, value in SIZES.items() if result[name] != value)]
 
 

@@ -57,3 +57,11 @@ def test_what_is_not_the_papers_protocol_is_said() -> None:
     assert changed("linear_imagenet", one) == ["num_classes", "precision", "resize_px", "crop_px"]
     text = text_of(table_of({"linear_imagenet": one}, BEST, {}))
     assert "| linear_imagenet | top1 | 50.0 | 75.3 | Figure 2: SwAV, 800 epochs | no: num_classes, precision, " in text
+
+
+def test_drawn_images_are_not_the_papers_where_it_has_a_list() -> None:
+    one = result("semisup_1pct", top1=0.5)
+    assert changed("semisup_1pct", one) == ["subset"]
+    one["settings"]["subset"] |= {"names": "1percent.txt"}
+    assert changed("semisup_1pct", one) == []
+    assert changed("lowshot_13", result("lowshot_13", top1=0.5)) == []

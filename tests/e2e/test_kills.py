@@ -15,7 +15,7 @@ from swav_testing.agents import Agents, agents, kill_agent
 from swav_testing.gated import allow, delivered
 from swav_testing.runs import QUEUE, arguments, children, events, last_step, losses, write_scenes
 
-NUM_KILLS = 30
+NUM_KILLS = int(os.environ.get("SWAV_TEST_KILLS", "15"))  # each takes about 16 s
 NUM_KILLS_OF_ONE_WORLD = 8
 MIN_NODES, MAX_NODES = 2, 3
 EPOCHS, STEPS_PER_EPOCH = 3, 22
@@ -145,7 +145,7 @@ def state(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(DEADLINE_SECONDS + 300)
-def test_a_run_that_is_killed_thirty_times_in_changing_worlds(tmp_path: Path, cache: Path, data: Path) -> None:
+def test_a_run_that_is_killed_many_times_in_changing_worlds(tmp_path: Path, cache: Path, data: Path) -> None:
     with run(tmp_path / "reference", cache, data, nodes="1", ranks_per_node=1, double=True) as started:
         started.start()
         assert started.statuses() == [0], started.printed()

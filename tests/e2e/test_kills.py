@@ -32,6 +32,7 @@ SETTINGS = (
 )
 KINDS = ("rank", "agent", "node")
 DEADLINE_SECONDS = 900
+LATECOMERS_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,21 @@ def kill_at_random_times(started: Agents, output: Path, gate: Path, num_nodes: i
     allow(gate, NUM_STEPS)
     while not supervisor.look():
         time.sleep(0.05)
+    take_away_latecomers(started)
     started.statuses()
+
+
+def take_away_latecomers(started: Agents) -> None:
+    """End agents that were started when the run was nearly over, as a cluster does with the pods of a job that is done.
+
+    They would wait for others to go on with.
+    """
+    deadline = time.monotonic() + LATECOMERS_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in started.started):
+        time.sleep(0.05)
+    for process in started.started:
+        if process.poll() is None:
+            process.terminate()
 
 
 def check_samples(gate: Path) -> None:
